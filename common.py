@@ -1,0 +1,176 @@
+"""What every command shares, and none of the method: errors in one line, files that are never half-written,
+pictures.
+
+    command_line, one_line_errors   a user's mistake ends in one line that names the remedy, and exit code 2
+    save, load, write_safely        checkpoints and pictures, written beside their place and then renamed
+    picture_grid, draw_loss_curve   what people would rather see than read
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import pickle
+import sys
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"  # the small trained weights that ship
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The border: a mistake on the command line
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a mistake prints one line instead of the whole usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def command_line(docstring):
+    """A parser whose --help shows the file's own docstring and the default of each option."""
+    return OneLineParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Public functions raise ValueError or OSError for a mistake of their caller; a command prints it and exits with 2."""
+    try:
+        yield
+    except OSError as error:  # its own text starts with "[Errno 13]", which helps nobody
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(_complain(f"{error.strerror}{where}" if error.strerror else str(error)))
+    except ValueError as error:
+        sys.exit(_complain(str(error)))
+
+
+def _complain(text):
+    print("error: " + " ".join(text.split()), file=sys.stderr)
+    return 2
+
+
+def pick_device(name=None):
+    """The torch.device of that name; None is the GPU where there is one, else the CPU. Raises ValueError."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use device {name!r} ({str(error).splitlines()[0]}): try --device cpu") from None
+    return torch.device(name)
+
+
+def fast_precision(device):
+    """The dtype for matrix products in training: bfloat16 where the hardware multiplies it faster, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files: a power cut, a full disk or Ctrl-C must not cost the last good version
+
+
+def write_safely(path, write):
+    """Call write(temporary path), then put the file in its place in one step. Makes the folder where it is missing."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def writable_folder(path):
+    """The folder `path`, made where it is missing. Raises OSError *before* hours of work, not after."""
+    path = pathlib.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / ".writable"
+    probe.touch()
+    probe.unlink()
+    return path
+
+
+def save(content, path):
+    """torch.save, safely. `content`: a dict of tensors, numbers, strings and containers of them."""
+    write_safely(path, lambda partial: torch.save(content, partial))
+
+
+def load(path, device="cpu"):
+    """What `save` wrote, tensors on `device`. Never runs code from the file. Raises FileNotFoundError, ValueError."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: give the path of a file that train.py or a release made")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a readable checkpoint, it may be truncated ({reason[:90]}): "
+                         "download or train it again") from None
+
+
+def half_precision(state_dict):
+    """The state dict with its floating-point tensors in float16: half the size on disk, loaded back into float32."""
+    return {name: x.half() if x.is_floating_point() else x for name, x in state_dict.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_uint8(images):
+    """[n, 3, h, w] float in [-1, 1] -> numpy uint8 [n, h, w, 3]."""
+    pixels = (images.detach().float().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_uint8(pixels):
+    """numpy uint8 [n, h, w, 3] -> [n, 3, h, w] float in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def picture_grid(pixels, row_labels, title=""):
+    """A labelled picture: one row of images for each label.
+
+    pixels: uint8 [n, h, w, 3], row after row, n = rows * columns; row_labels: one string a row; title: one
+    line on top. Small images are enlarged by a whole factor with hard pixel edges: what the model drew,
+    nothing smoothed. Returns a PIL image.
+    """
+    rows = len(row_labels)
+    columns = len(pixels) // rows
+    height, width = pixels.shape[1:3]
+    scale = max(1, 96 // max(height, width))
+    gap = 6
+    font = ImageFont.load_default(size=15)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin = gap + int(max(measure.textlength(label, font=font) for label in row_labels)) + gap
+    top = gap + (22 if title else 0)
+    cell_height, cell_width = height * scale + gap, width * scale + gap
+    size = (max(margin + columns * cell_width, int(measure.textlength(title, font=font)) + 2 * gap),
+            top + rows * cell_height)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, gap - 2), title, fill="black", font=font)
+    for i, image in enumerate(pixels[: rows * columns]):
+        row, column = divmod(i, columns)
+        enlarged = Image.fromarray(image).resize((width * scale, height * scale), Image.NEAREST)
+        sheet.paste(enlarged, (margin + column * cell_width, top + row * cell_height))
+        if column == 0:
+            middle = top + row * cell_height + height * scale // 2
+            draw.text((margin - gap, middle), row_labels[row], fill="black", font=font, anchor="rm")
+    return sheet
+
+
+def save_picture(picture, path, **options):
+    """Write a PIL image as a PNG (or GIF, with its options), safely."""
+    kind = pathlib.Path(path).suffix.lstrip(".").lower() or "png"
+    if kind not in ("png", "gif", "jpg", "jpeg"):
+        raise ValueError(f"cannot write a picture as {path}: end its name in .png or .gif")
+    kind = "jpeg" if kind == "jpg" else kind
+    write_safely(path, lambda partial: picture.save(partial, format=kind, **options))

@@ -1,0 +1,564 @@
+"""RandAR: decoder-only autoregressive image generation in random token orders (arXiv 2412.01827).
+
+A GPT writes text from left to right. An image has no such direction, yet a plain causal decoder must know
+*where* the token that it is to predict belongs. RandAR says so in the sequence itself: before every image
+token stands a *position instruction token*. Trained on a fresh random order for every image, the model then
+generates in any order, several tokens at a time, and fills in, extends or changes given images with no
+further training (apps.py).
+
+Read from top to bottom:
+
+    Config, SIZES                  what a model is made of (Table A)
+    rotary_angles, rotate          where a token is: 2D rotary angles
+    generation_order               in which order the image is written (Table 3, Fig. A)
+    step_sizes                     how many tokens at once, step by step (Sec. 3.3)
+    RMSNorm ... Block              the decoder, a Llama with a key-value cache
+    RandAR                         the sequence, the training loss (Alg. A), and
+    RandAR.decode, .generate       the one decoding loop (Alg. B), with guidance (App. F)
+    load_randar, save_randar       files: ours and the released weights
+"""
+
+import math
+import pathlib
+from collections import namedtuple
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+# ------------------------------------------------------------------------------------------------------------
+# What a model is made of
+
+
+@dataclass
+class Config:
+    """The shape of a RandAR model. With the defaults, SIZES["L"] and ImageNet's tokens it is the paper's RandAR-L."""
+
+    grid: tuple = (16, 16)  # (h, w): an image is N = h * w tokens
+    vocab_size: int = 16384  # V: different image tokens, the codes of the tokenizer
+    num_classes: int = 1000  # C
+    dim: int = 1024  # d: width
+    n_layer: int = 24
+    n_head: int = 16
+    dropout: float = 0.1  # of token embeddings, attention outputs and feed-forward outputs, in training
+    class_dropout: float = 0.1  # how often the class is hidden in training, for classifier-free guidance
+
+
+SIZES = {  # Table A. "toy" is ours: 1.0 million parameters, far too few to overfit, so dropout would only cost it accuracy
+    "toy": dict(dim=128, n_layer=4, n_head=4, dropout=0.0),
+    "L": dict(dim=1024, n_layer=24, n_head=16),  # 343M
+    "XL": dict(dim=1280, n_layer=36, n_head=20),  # 775M
+    "XXL": dict(dim=1536, n_layer=48, n_head=24),  # 1.4B
+}
+
+# ------------------------------------------------------------------------------------------------------------
+# Where a token is: 2D rotary angles
+#
+# A rotary embedding turns each pair of channels of a query or key by an angle proportional to the token's
+# position, so that their dot product depends on the *difference* of two positions only. An image position has
+# two coordinates: the first half of the pairs turns with the row, the second half with the column. Slow pairs
+# see the layout, fast ones detail; resolution extrapolation treats the two differently (Sec. 3.4.3).
+
+
+def rotary_angles(rows, columns, head_dim, base=10000.0):
+    """Angles by which the channel pairs of a token at (row, column) turn.
+
+    rows, columns: float tensors [...], in units of token positions; fractions are allowed (interpolated
+    positions).
+    head_dim: channels per attention head, a multiple of 4.
+    Returns [..., head_dim / 2] in radians: row angles in the first half, column angles in the second (Eq. 5).
+    """
+    if head_dim % 4:
+        raise ValueError(f"head_dim must be a multiple of 4 (pairs for rows and for columns), not {head_dim}")
+    frequencies = base ** -torch.arange(0, 1, 4 / head_dim, device=rows.device)  # [head_dim / 4], 1 down to about 1 / base
+    return torch.cat([rows[..., None] * frequencies, columns[..., None] * frequencies], dim=-1)
+
+
+def grid_angles(grid, head_dim, device=None):
+    """The angles of every position of an (h, w) grid in raster order, [h * w, head_dim / 2]."""
+    h, w = grid
+    rows, columns = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+    return rotary_angles(rows.flatten().float(), columns.flatten().float(), head_dim)
+
+
+def rotation_of(angles):
+    """Angles [..., D / 2] -> cosines and sines [..., D / 2, 2], the form in which they are gathered and applied."""
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotate(x, rotation):
+    """Turn each pair of adjacent channels (2i, 2i + 1) of x [..., D] by its angle; rotation [..., D / 2, 2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., D / 2] each
+    cos, sin = rotation.unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# In which order: ten ways to write an image
+#
+# An order lists positions (raster indices, row * w + column) in the turn in which they are decoded. One
+# model, trained on random orders, can follow every one of them (Table 3). A *partly* random order has two
+# halves and is random in each.
+
+ORDERS = ("random", "raster", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate",
+          "hierarchical", "center_first", "border_first")
+
+
+def generation_order(name, batch, grid, generator=None, device=None):
+    """The order of a given name for each image of a batch: int64 [b, N], the raster index decoded at each
+    turn.
+
+    name: one of ORDERS ("-" may stand for "_"); grid: (h, w); generator: a torch.Generator for the random
+    ones. Raises ValueError for an unknown name.
+    """
+    name = name.replace("-", "_")
+    if name not in ORDERS:
+        raise ValueError(f"unknown order {name!r}: choose from {', '.join(ORDERS)}")
+    h, w = grid
+    positions = torch.arange(h * w, device=device)
+    row, column = positions // w, positions % w
+    random = torch.rand(batch, h * w, generator=generator, device=device)
+    in_the_middle = (abs(2 * row - (h - 1)) < h / 2) & (abs(2 * column - (w - 1)) < w / 2)  # its half by half
+
+    # Every order is a sort: a key for each position, the smallest goes first.
+    if name == "random":
+        key = random
+    elif name == "raster":
+        key = positions
+    elif name in ("spiral_in", "spiral_out"):  # clockwise from the top left corner to the middle, or all of it backwards
+        key = spiral_rank(row, column, h, w)
+        key = key if name == "spiral_in" else -key
+    elif name == "z_curve":  # interleave the bits of row and column: quadrant by quadrant, at every scale
+        key = sum((row >> bit & 1) << (2 * bit + 1) | (column >> bit & 1) << (2 * bit) for bit in range(16))
+    elif name == "subsample":  # four coarse images one after the other
+        key = (row % 2 * 2 + column % 2) * h * w + positions
+    elif name == "alternate":  # as the ox ploughs: every second row runs backwards
+        key = row * w + torch.where(row % 2 == 0, column, w - 1 - column)
+    elif name == "hierarchical":  # a coarse image, in random order, then all the rest, in random order
+        key = ((row % 2 == 1) | (column % 2 == 1)) + random
+    elif name == "center_first":
+        key = ~in_the_middle + random
+    elif name == "border_first":
+        key = in_the_middle + random
+    return key.expand(batch, -1).argsort(dim=-1, stable=True)
+
+
+def spiral_rank(row, column, h, w):
+    """At which turn a clockwise spiral from the top left corner to the middle reaches (row, column), int64 [N]."""
+    ring = torch.stack([row, column, h - 1 - row, w - 1 - column]).amin(0)  # how many rings lie around this one
+    rows, columns = h - 2 * ring, w - 2 * ring  # the size of the ring's rectangle
+    down, right = row - ring, column - ring  # the place in it
+    along = torch.where(down == 0, right,  # the top edge, to the right
+            torch.where(right == columns - 1, columns - 1 + down,  # the right edge, downwards
+            torch.where(down == rows - 1, 2 * columns + rows - 3 - right,  # the bottom edge, to the left
+                        2 * columns + 2 * rows - 4 - down)))  # the left edge, upwards
+    return h * w - rows * columns + along  # all outer rings come before
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How many at once: the step schedule
+#
+# Tokens decoded in one step do not see each other, so one step may decode many only once the image is largely
+# decided: a cosine curve, one token at a time in the beginning, many in the end.
+
+
+def step_sizes(number, steps):
+    """How many tokens each step decodes: a list of ints, each at least 1, that sums to `number`.
+
+    number: tokens to decode, N; steps: T >= 1, or -1 for one token a step. More steps than tokens: one token
+    a step.
+    """
+    if steps != -1 and steps < 1:
+        raise ValueError(f"steps must be at least 1 (or -1 for one token a step), not {steps}")
+    if steps == -1 or steps >= number:
+        return [1] * number
+    sizes, done = [], 0
+    for k in range(steps):
+        target = min(number, int((1 - math.cos(math.pi / 2 * (k + 1) / steps)) * number + 1))
+        if k == 0 and steps > 1:
+            target = 1  # as in the released code: the first token is alone, nothing is there yet to agree with
+        sizes.append(max(1, target - done))
+        done += sizes[-1]
+    return sizes
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The decoder: a Llama. Parameter names are those of the released weights, so that these load as they are.
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, eps=1e-5).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class KeyValueCache:
+    """Keys and values of all tokens so far in one layer, so that a decoding step computes the new ones only."""
+
+    def __init__(self, batch, heads, length, head_dim, dtype, device):
+        self.keys = torch.zeros(batch, heads, length, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+
+    def write(self, place, keys, values):
+        """Put n new tokens at places `place` .. `place + n - 1`, over what stood there; returns all from 0 to there."""
+        end = place + keys.shape[2]
+        self.keys[:, :, place:end], self.values[:, :, place:end] = keys, values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)  # query, key and value in one product
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x, rotation, cache=None, place=0):
+        """x [b, n, d], rotation [b, n, D / 2, 2] -> [b, n, d]. With a cache, x stands at `place` and sees all before it."""
+        n = x.shape[1]
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # [b, n, heads, D] each
+        q, k = rotate(q, rotation[:, :, None]), rotate(k, rotation[:, :, None])
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, heads, n, D]
+        if cache is not None:
+            k, v = cache.write(place, k, v)
+        if place == 0:  # training, and the first step: plain causal attention, no mask in memory
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # the n new tokens are the *last* of place + n: causal from the lower right corner
+            mask = torch.ones(n, place + n, dtype=torch.bool, device=x.device).tril(place)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.dropout(self.wo(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: one projection gates the other."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = math.ceil(int(8 * config.dim / 3) / 256) * 256
+        self.w1 = nn.Linear(config.dim, hidden, bias=False)
+        self.w3 = nn.Linear(config.dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, config.dim, bias=False)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(config), FeedForward(config)
+        self.attention_norm, self.ffn_norm = RMSNorm(config.dim), RMSNorm(config.dim)
+
+    def forward(self, x, rotation, cache=None, place=0):
+        x = x + self.attention(self.attention_norm(x), rotation, cache, place)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# RandAR
+#
+# The sequence of one image (Eq. 3) is  [class, P_1, x_1, P_2, x_2, ..., P_N]:  P_i tells where the i-th token
+# belongs, and the prediction at P_i is the distribution of x_i. The last image token predicts nothing and is
+# left out: 2 N tokens.
+
+Step = namedtuple("Step", "positions tokens logits")  # of one decoding step: [b, m], [b, m] int64, [b, m, V] after guidance
+
+
+class RandAR(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, config.dim)})
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, config.dim))  # e of Eq. 5: one vector for all positions
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.dim)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+        nn.init.zeros_(self.output.weight)  # training starts from the uniform distribution, loss log(V)
+
+    @property
+    def null_class(self):
+        """The class that stands for "no class given": the last row of the class embedding."""
+        return self.config.num_classes
+
+    @property
+    def head_dim(self):
+        return self.config.dim // self.config.n_head
+
+    # The parts of a sequence: embeddings [b, n, d] and rotations [b, n, D / 2, 2]
+
+    def position_instruction_tokens(self, rotation):
+        """P_i = RoPE(e, h_i, w_i) (Eq. 5) for rotation [b, n, D / 2, 2] -> [b, n, d].
+
+        Attention rotates their queries and keys a second time, like those of all tokens. This first rotation
+        is what makes the *values* differ: without it all P_i would be the same vector, and say nothing where
+        they are read.
+        """
+        e = self.pos_instruct_embeddings.view(1, 1, self.config.n_head, self.head_dim)
+        return rotate(e.expand(*rotation.shape[:2], -1, -1), rotation[:, :, None]).flatten(2)
+
+    def sequence_rotation(self, order, angles=None):
+        """Rotations of [class, P_1, x_1, ..., P_n, x_n]: [b, 1 + 2 n, D / 2, 2]; a token turns like its P.
+
+        order: [b, n] positions; angles: [positions, D / 2], those of the model's own grid by default.
+        """
+        if angles is None:
+            angles = grid_angles(self.config.grid, self.head_dim, order.device)
+        rotation = rotation_of(angles)[order].repeat_interleave(2, dim=1)  # [b, 2 n, D / 2, 2]
+        # The class has no place in the image. The released weights were trained with its table all zeros (cos
+        # = sin = 0), which zeroes its query and key: every query scores it 0, whatever the class. We keep
+        # that.
+        return F.pad(rotation, (0, 0, 0, 0, 1, 0))
+
+    def hidden_states(self, x, rotation, caches=None, place=0):
+        """Through all layers: x [b, n, d] -> [b, n, d], not yet normalised."""
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotation, caches[i] if caches else None, place)
+        return x
+
+    # Training (Alg. A)
+
+    def forward(self, tokens, classes, order):
+        """Logits of every token of images, each given those before it in the order.
+
+        tokens: [b, N] int64 in raster order; classes: [b] int64, null_class for none; order: [b, N] int64, a
+        permutation. Returns [b, N, V], in the order given (not in raster order).
+        """
+        if tokens.shape[1] != math.prod(self.config.grid):
+            h, w = self.config.grid
+            raise ValueError(f"expected {h * w} tokens for a {h} x {w} grid, got {tokens.shape[1]}")
+        if self.training:
+            hidden = torch.rand(classes.shape, device=classes.device) < self.config.class_dropout
+            classes = torch.where(hidden, self.null_class, classes)
+        rotation = self.sequence_rotation(order)[:, :-1]  # [b, 2 N, D / 2, 2]
+        image_tokens = F.dropout(self.tok_embeddings(tokens.gather(1, order)), self.config.dropout, self.training)
+        instructions = self.position_instruction_tokens(rotation[:, 1::2])
+        class_token = self.cls_embedding.embedding_table(classes)[:, None]
+        pairs = torch.stack([instructions, image_tokens.to(instructions.dtype)], dim=2).flatten(1, 2)  # P_1, x_1, P_2, ...
+        x = self.hidden_states(torch.cat([class_token, pairs[:, :-1]], dim=1), rotation)
+        return self.output(self.norm(x[:, 1::2]))  # only position instruction tokens predict
+
+    def loss(self, tokens, classes, order=None):
+        """Mean cross entropy in nats a token (Alg. A): a scalar. order: [b, N], or None for a random one per image."""
+        if order is None:
+            order = generation_order("random", len(tokens), self.config.grid, device=tokens.device)
+        logits = self(tokens, classes, order)
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens.gather(1, order).flatten())
+
+    # Decoding (Alg. B)
+
+    @torch.no_grad()
+    def decode(self, classes, order, steps=88, cfg=(1.0, 4.0), scg=1.0, temperature=1.0, top_k=0, top_p=1.0,
+               generator=None, known=None, angles=None):
+        """The decoding loop, one step at a time: a generator of Step(positions, tokens, logits).
+
+        classes: [b] int64, null_class for none.
+        order: [b, n] int64, the positions to decode in their turns: all of the image, or any part of it.
+        steps: decoding steps, distributed over the n positions by step_sizes.
+        cfg: (start, end) of classifier-free guidance, linear in the share of tokens decoded; (1, 1) is none.
+        scg: w_scg of spatial contextual guidance (App. F); 1 is none.
+        temperature > 0, top_k (0: all), top_p in (0, 1]: how to sample; top_k=1 takes the most likely token.
+        generator: a torch.Generator on the model's device, for samples that can be repeated.
+        known: (positions [b, k], tokens [b, k]) int64, tokens that stand before everything decoded and are
+        not changed.
+        angles: [positions, D / 2] rotary angles of each position, for grids and angles other than the model's
+        own.
+
+        Raises ValueError for a value out of range. The loop itself never waits for the device (no .item(), no
+        mask).
+        """
+        batch, n = order.shape
+        sizes = step_sizes(n, steps)
+        check_sampling(cfg, temperature, top_k, top_p)
+        if len(classes) != batch or classes.min() < 0 or classes.max() > self.null_class:
+            raise ValueError(f"expected {batch} classes from 0 to {self.null_class - 1} (or {self.null_class} for none)")
+        if known is None:
+            known = order[:, :0], order[:, :0]
+        k = known[0].shape[1]
+
+        # Guidance needs the predictions of several contexts; each is a stream, stacked along the batch
+        # dimension.
+        streams = streams_of(cfg, scg, class_given=bool((classes != self.null_class).any()))
+        null = torch.full_like(classes, self.null_class)
+        x = torch.cat([classes if stream.with_class else null for stream in streams])
+        class_token = self.cls_embedding.embedding_table(x)[:, None]  # [streams * b, 1, d]
+        dtype = class_token.dtype
+
+        rotation = self.sequence_rotation(torch.cat([known[0], order], dim=1), angles)  # [b, 1 + 2 (k + n), D / 2, 2]
+        rotation = rotation.repeat(len(streams), 1, 1, 1)
+        instructions = self.position_instruction_tokens(rotation[:, 1::2]).to(dtype)  # [streams * b, k + n, d]
+        caches = [KeyValueCache(len(x), self.config.n_head, 2 * (k + n), self.head_dim, dtype, x.device)
+                  for _ in self.layers]
+
+        def embed(tokens):
+            """[b, m] -> [streams * b, m, d]; where a stream drops tokens, a quarter of them is zeroed (App. F)."""
+            embedded = self.tok_embeddings(tokens)
+            kept = torch.rand(tokens.shape, generator=generator, device=x.device)[..., None] >= 0.25 if scg != 1 else 1.0
+            return torch.cat([embedded * kept if stream.drops else embedded for stream in streams])
+
+        def pairs(start, tokens):
+            """P_i, x_i, P_i+1, x_i+1, ... for tokens decoded at turn `start` and after: [streams * b, 2 m, d]."""
+            end = start + tokens.shape[1]
+            return torch.stack([instructions[:, start:end], embed(tokens)], dim=2).flatten(1, 2)
+
+        # `pending`: the tokens that the cache does not hold yet, in the sequence of training, from `place`
+        # on. They and the queries Q_1 .. Q_m (position instruction tokens without their image tokens) are the
+        # input of a step.
+        pending, place, done = torch.cat([class_token, pairs(0, known[1])], dim=1), 0, k
+        for m in sizes:
+            queries = instructions[:, done : done + m]
+            end = place + pending.shape[1]  # of the sequence of training; the queries follow
+            rotations = torch.cat([rotation[:, place:end], rotation[:, end : end + 2 * m : 2]], dim=1)
+            hidden = self.hidden_states(torch.cat([pending, queries], dim=1), rotations, caches, place)
+            logits = self.output(self.norm(hidden[:, -m:])).float()  # only the queries predict: [streams * b, m, V]
+            weight = cfg[0] + (cfg[1] - cfg[0]) * done / (k + n)  # linear in the share of the image that is known
+            logits = guided(streams, logits.chunk(len(streams)), weight, scg)  # [b, m, V]
+            tokens = sample(logits, temperature, top_k, top_p, generator)
+            yield Step(order[:, done - k : done - k + m], tokens, logits)
+            # Now the cache ends in Q_1, Q_2 .. Q_m, but training saw P_1 x_1 P_2 x_2 .. P_m x_m. Only Q_1 is
+            # right where it is; so the next step writes from the place after it: x_1, P_2, x_2, ... (Alg. B,
+            # "rewrite")
+            pending, place = pairs(done, tokens)[:, 1:], end + 1
+            done += m
+
+    def generate(self, classes, order="random", steps=88, cfg=(1.0, 4.0), scg=1.0, temperature=1.0, top_k=0, top_p=1.0,
+                 generator=None, known=None, angles=None):
+        """Run `decode` to its end: images as tokens [b, N] int64 in raster order. Arguments as there, except:
+
+        order: a name of ORDERS, for the whole grid of the model, or positions int64 [b, n]. Positions that
+        are neither in the order nor known come out as -1.
+        """
+        if isinstance(order, str):
+            order = generation_order(order, len(classes), self.config.grid, generator, classes.device)
+        number = math.prod(self.config.grid) if angles is None else len(angles)
+        tokens = torch.full((len(order), number), -1, device=order.device)
+        if known is not None:
+            tokens.scatter_(1, *known)
+        for step in self.decode(classes, order, steps, cfg, scg, temperature, top_k, top_p, generator, known, angles):
+            tokens.scatter_(1, step.positions, step.tokens)
+        return tokens
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Guidance and sampling
+#
+# Classifier-free guidance moves the logits away from what the model would say without the class. Spatial
+# contextual guidance (App. F) does the same with the image as context: away from what it would say with a
+# quarter of the tokens dropped.
+
+Stream = namedtuple("Stream", "drops with_class")
+FULL_CLASS, FULL_NULL, DROP_NULL = Stream(False, True), Stream(False, False), Stream(True, False)
+
+
+def streams_of(cfg, scg, class_given):
+    """Whose predictions the guidance needs: one stream, two for CFG or for Eq. A, three for Eq. B."""
+    if scg == 1:
+        return [FULL_CLASS, FULL_NULL] if class_given and tuple(cfg) != (1, 1) else [FULL_CLASS]
+    return [FULL_CLASS, FULL_NULL, DROP_NULL] if class_given else [FULL_NULL, DROP_NULL]
+
+
+def guided(streams, logits, cfg, scg):
+    """Combine the logits [b, m, V] of each stream; cfg and scg are the weights w_cfg and w_scg of this step."""
+    z = dict(zip(streams, logits))
+    if FULL_NULL not in z:
+        return z[FULL_CLASS]
+    image = z[FULL_NULL]
+    if DROP_NULL in z:
+        image = z[DROP_NULL] + scg * (z[FULL_NULL] - z[DROP_NULL])  # Eq. A
+    if FULL_CLASS in z:
+        image = image + cfg * (z[FULL_CLASS] - z[FULL_NULL])  # Eq. B; with w_scg = 1 plain classifier-free guidance
+    return image
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw one token from each distribution: logits [..., V] -> int64 [...]."""
+    logits = logits / temperature
+    if top_k:  # nothing below the k-th best
+        worst = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < worst, -torch.inf)
+    if top_p < 1:  # the fewest tokens that have top_p of the probability together
+        ordered, tokens = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        better = probabilities.cumsum(-1) - probabilities  # what the tokens before this one have together
+        logits = logits.scatter(-1, tokens, ordered.masked_fill(better >= top_p, -torch.inf))
+    # The largest of p_i / E_i, with E_i exponentially distributed, is i with probability p_i. Unlike
+    # torch.multinomial this never makes the host wait for the device.
+    exponential = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / exponential).argmax(-1)
+
+
+def check_sampling(cfg, temperature, top_k, top_p):
+    """Raises ValueError for guidance that is not a pair, and for a value out of its range."""
+    if len(cfg) != 2:
+        raise ValueError(f"cfg must be two numbers, the guidance at the start and at the end, not {cfg}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}; for the most likely tokens use top_k=1")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (all tokens) or more, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def save_randar(model, path, half=False, **more):
+    """Write a checkpoint for load_randar. half: in half precision; more: class names, the state of the training, ..."""
+    state = model.state_dict()
+    common.save({"config": asdict(model.config), "model": common.half_precision(state) if half else state, **more}, path)
+
+
+def load_randar(path, device="cpu"):
+    """A RandAR from one of our checkpoints, or from released weights (.safetensors, .pt), in eval mode.
+
+    Released files hold no configuration: it is read off the shapes (heads of 64 channels, a 16 x 16 grid).
+    model.class_names is a list of str, or None where the file has none.
+    Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
+    """
+    content = read_weights(path, device)
+    state = content.get("model", content)
+    try:
+        config = Config(**content["config"]) if "config" in content else config_of(state)
+        model = RandAR(config)
+        model.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no RandAR weights ({error}): give --ckpt a file that train.py wrote") from None
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit a RandAR: {str(error).splitlines()[1].strip()}") from None
+    model.class_names = content.get("class_names")
+    return model.to(device).eval()
+
+
+def read_weights(path, device="cpu"):
+    """The content of a checkpoint, whichever format its name says; a dict."""
+    if pathlib.Path(path).suffix != ".safetensors":
+        return common.load(path, device)
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
+    try:
+        return load_file(path, device=str(device))
+    except Exception as error:  # safetensors raises a type of its own for a damaged file
+        raise ValueError(f"{path} is not a readable safetensors file ({error}): download it again") from None
+
+
+def config_of(state):
+    """The Config of a released state dict, from the shapes of its tensors."""
+    vocab_size, dim = state["tok_embeddings.weight"].shape
+    return Config(vocab_size=vocab_size, dim=dim, n_head=dim // 64,
+                  num_classes=len(state["cls_embedding.embedding_table.weight"]) - 1,
+                  n_layer=1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers.")))

@@ -1,0 +1,433 @@
+"""Images <-> tokens. RandAR does not draw pixels: it writes a sequence of *tokens*, and this file turns those
+into pictures.
+
+A VQGAN (arXiv 2012.09841, in LlamaGen's form, arXiv 2406.06525) squeezes an image into a small grid of
+vectors, replaces each vector by the nearest of a fixed list of *codes*, and paints the image back from the
+codes. The number of the code is the token.
+
+    Tokenizer, TokenizerConfig   encoder, codebook, decoder; LLAMAGEN_VQ16 is LlamaGen's released tokenizer, other settings
+    load_tokenizer               a file -> Tokenizer: our own or LlamaGen's, told apart by their contents
+    train_tokenizer              python tokenizer.py train  [--data DIR]: the toy world, or a folder of class folders
+    encode_folder                python tokenizer.py encode --images DIR --out DIR: a folder of images -> a folder of tokens
+    TokenFolder                  the token folder that train.py reads
+"""
+
+import json
+import math
+import pathlib
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+import common
+import toy
+
+
+@dataclass
+class TokenizerConfig:
+    """The shape of a tokenizer. The defaults are the toy world's: 32 x 32 pixels -> 8 x 8 tokens."""
+
+    channels: int = 24  # of the first convolution
+    multipliers: tuple = (1, 2, 4)  # channels of each level, in units of `channels`; each level halves the image, the last not
+    residual_blocks: int = 1  # a level of the encoder; the decoder, which has the harder task, has one more
+    latent_channels: int = 128  # between encoder and codebook
+    codes: int = 512  # how many different tokens there are
+    code_dim: int = 8  # few: nearest neighbours in a low dimension leave no code unused
+    attention: bool = False  # at the lowest resolution
+
+    @property
+    def downsampling(self):
+        """Pixels per token, along each axis."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+LLAMAGEN_VQ16 = TokenizerConfig(128, (1, 1, 2, 2, 4), 2, 256, 16384, 8, attention=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The bricks. Parameter names are LlamaGen's, so that its released weights load as they are.
+
+
+def group_norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)  # LlamaGen's 32 groups, from 128 channels on
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1 x 1 convolution on x where the number of channels changes."""
+
+    def __init__(self, channels_in, channels_out):
+        super().__init__()
+        self.norm1 = group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = group_norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out, h, w]
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class SpatialAttention(nn.Module):
+    """Every place looks at every other: one head over the h * w places, so that distant parts can agree on a colour."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):  # [b, c, h, w]
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # [b, 1, h * w, c]
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(y)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):  # [b, c, h, w] -> [b, c, h / 2, w / 2]
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # asymmetric, as the released weights were trained
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):  # [b, c, h, w] -> [b, c, 2 h, 2 w]
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the step to the next."""
+
+    def __init__(self, channels_in, channels_out, blocks, attention, resample=None):
+        super().__init__()
+        sizes = [channels_in] + [channels_out] * blocks
+        self.res = nn.ModuleList(ResidualBlock(i, o) for i, o in zip(sizes, sizes[1:]))
+        self.attn = nn.ModuleList(SpatialAttention(channels_out) for _ in range(blocks if attention else 0))
+        if resample is Downsample:
+            self.downsample = Downsample(channels_out)
+        elif resample is Upsample:
+            self.upsample = Upsample(channels_out)
+
+    def forward(self, x):
+        for i, block in enumerate(self.res):
+            x = block(x)
+            x = self.attn[i](x) if len(self.attn) else x
+        for resample in ("downsample", "upsample"):
+            x = getattr(self, resample)(x) if hasattr(self, resample) else x
+        return x
+
+
+def middle_blocks(channels, attention):
+    """The blocks at the lowest resolution, between the levels and the codes."""
+    between = [SpatialAttention(channels)] if attention else []
+    return nn.Sequential(ResidualBlock(channels, channels), *between, ResidualBlock(channels, channels))
+
+
+class Encoder(nn.Module):
+    """Image [b, 3, H, W] -> latent vectors [b, latent_channels, H / f, W / f], f = config.downsampling."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.conv_blocks = nn.Sequential()
+        before = config.channels
+        for i, width in enumerate(widths):
+            last = i == len(widths) - 1
+            self.conv_blocks.append(Level(before, width, config.residual_blocks, config.attention and last,
+                                          None if last else Downsample))
+            before = width
+        self.mid = middle_blocks(before, config.attention)
+        self.norm_out = group_norm(before)
+        self.conv_out = nn.Conv2d(before, config.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid(self.conv_blocks(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """The encoder's mirror: latent vectors [b, latent_channels, h, w] -> image [b, 3, h * f, w * f]."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.multipliers)]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid = middle_blocks(widths[0], config.attention)
+        self.conv_blocks = nn.Sequential()
+        before = widths[0]
+        for i, width in enumerate(widths):
+            last = i == len(widths) - 1
+            self.conv_blocks.append(Level(before, width, config.residual_blocks + 1, config.attention and i == 0,
+                                          None if last else Upsample))
+            before = width
+        self.norm_out = group_norm(before)
+        self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.conv_blocks(self.mid(self.conv_in(z)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The codebook: the one discrete step, and how gradients get past it
+
+
+class Codebook(nn.Module):
+    """A list of unit vectors; a vector's token is the number of the one that points most nearly its way."""
+
+    def __init__(self, codes, code_dim):
+        super().__init__()
+        self.embedding = nn.Embedding(codes, code_dim)
+        nn.init.normal_(self.embedding.weight)
+
+    def vectors(self, tokens):
+        """Tokens [...] -> unit vectors [..., code_dim]."""
+        return F.normalize(self.embedding(tokens), dim=-1)
+
+    def nearest(self, z):
+        """Vectors [..., code_dim] -> tokens [...]. Between unit vectors the nearest has the largest dot product."""
+        codes = F.normalize(self.embedding.weight.float(), dim=-1)  # float32: bfloat16 would confuse neighbours
+        return (F.normalize(z.float(), dim=-1) @ codes.T).argmax(-1)
+
+    def forward(self, z):
+        """Quantise z [b, h, w, code_dim]: (the nearest codes, tokens [b, h, w], codebook loss, commitment loss)."""
+        tokens = self.nearest(z)
+        z, codes = F.normalize(z, dim=-1), self.vectors(tokens)
+        codebook_loss = (codes - z.detach()).square().mean()  # moves the codes to the vectors they stand for
+        commitment_loss = (codes.detach() - z).square().mean()  # and keeps the encoder near the codes it chose
+        # Straight through: forwards it is the code, backwards it is as if nothing had been rounded (z takes
+        # the gradient).
+        return z + (codes - z).detach(), tokens, codebook_loss, commitment_loss
+
+
+class Tokenizer(nn.Module):
+    """Encoder, codebook and decoder."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Codebook(config.codes, config.code_dim)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
+
+    def latents(self, images):
+        """[b, 3, H, W] -> what the codebook is to round, [b, h, w, code_dim]."""
+        return self.quant_conv(self.encoder(images)).permute(0, 2, 3, 1)
+
+    def paint(self, codes):
+        """Code vectors [b, h, w, code_dim] -> [b, 3, H, W]."""
+        return self.decoder(self.post_quant_conv(codes.permute(0, 3, 1, 2)))
+
+    def forward(self, images):
+        """Training: (reconstruction [b, 3, H, W], tokens [b, h, w], codebook loss, commitment loss)."""
+        codes, tokens, codebook_loss, commitment_loss = self.quantize(self.latents(images))
+        return self.paint(codes), tokens, codebook_loss, commitment_loss
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images [b, 3, H, W], float in [-1, 1] -> tokens [b, N] int64 in raster order, N = H/f * W/f.
+
+        Raises ValueError where a side is not a multiple of f = config.downsampling.
+        """
+        f = self.config.downsampling
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
+            raise ValueError(f"expected images [b, 3, H, W] with H and W multiples of {f}, got {list(images.shape)}: "
+                             "crop or resize them")
+        return self.quantize.nearest(self.latents(images)).flatten(1)
+
+    @torch.no_grad()
+    def decode(self, tokens, grid=None):
+        """Tokens [b, N] in raster order -> images [b, 3, H, W] in [-1, 1]. grid: (h, w) where it is not
+        square.
+
+        Raises ValueError where N does not fill the grid.
+        """
+        h, w = grid or (math.isqrt(tokens.shape[1]),) * 2
+        if h * w != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fill a {h} x {w} grid: give decode the grid as (h, w)")
+        return self.paint(self.quantize.vectors(tokens.reshape(-1, h, w))).clamp(-1, 1)
+
+
+def load_tokenizer(path, device="cpu"):
+    """A tokenizer from a file, in eval mode: one of ours, or LlamaGen's vq_ds16_c2i.pt.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that holds no tokenizer.
+    """
+    content = common.load(path, device)
+    state = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or "quantize.embedding.weight" not in state:
+        raise ValueError(f"{path} holds no tokenizer: give --tokenizer a file made by `python tokenizer.py train`")
+    config = TokenizerConfig(**content["config"]) if "config" in content else LLAMAGEN_VQ16
+    tokenizer = Tokenizer(config)
+    state = {name: x for name, x in state.items() if name != "quantize.codebook_used"}  # bookkeeping of its training
+    try:
+        tokenizer.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its tokenizer: {str(error).splitlines()[1].strip()}") from None
+    return tokenizer.eval().to(device)
+
+
+def save_tokenizer(tokenizer, path):
+    """Write a tokenizer for load_tokenizer, in half precision, which costs no quality (and half the megabytes)."""
+    common.save({"config": asdict(tokenizer.config), "model": common.half_precision(tokenizer.state_dict())}, path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Folders of images: CLASS/picture.jpg
+
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+def list_images(folder):
+    """The images in a folder of class folders: (paths, labels, class names), classes in alphabetical order.
+
+    Raises FileNotFoundError for a missing folder, ValueError for one without class folders or without images.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: give a folder of class folders of images, {folder}/CLASS/picture.jpg")
+    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not class_folders:
+        raise ValueError(f"{folder} has no class folders: put the images of each class into a folder of its own, "
+                         f"{folder}/CLASS/picture.jpg")
+    paths, labels = [], []
+    for label, class_folder in enumerate(class_folders):
+        found = sorted(path for path in class_folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise ValueError(f"{folder} has class folders but no images in them ({' '.join(IMAGE_ENDINGS)})")
+    return paths, labels, [path.name for path in class_folders]
+
+
+def read_image(path, size):
+    """uint8 [size, size, 3]: the shorter edge resized to `size`, the centre cut out. Raises OSError if unreadable."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow says of damaged files
+        raise OSError(f"unreadable image {path}: {error}") from None
+    return np.asarray(ImageOps.fit(image, (size, size), Image.LANCZOS))
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Image files for a DataLoader: item i is (i, uint8 [size, size, 3]), or (i, None) for an unreadable file."""
+
+    def __init__(self, paths, size):
+        self.paths, self.size = paths, size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            return i, read_image(self.paths[i], self.size)
+        except OSError:
+            return i, None
+
+
+def read_images(paths, size, batch_size=256, workers=2):
+    """Yields (numbers of the files, uint8 [n, size, size, 3]) in order; unreadable files are simply missing."""
+    loader = torch.utils.data.DataLoader(ImageFiles(paths, size), batch_size, num_workers=workers, collate_fn=list)
+    for batch in loader:
+        batch = [(i, image) for i, image in batch if image is not None]
+        yield [i for i, _ in batch], np.stack([image for _, image in batch]) if batch else None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training a tokenizer
+
+
+def psnr(images, reconstructions):
+    """Peak signal-to-noise ratio of each image in dB, [b]; both [b, 3, H, W] in [-1, 1]. 30 dB is a faithful picture."""
+    error = ((images - reconstructions.clamp(-1, 1)) / 2).square().mean((1, 2, 3))  # of pixels in [0, 1]
+    return -10 * error.clamp_min(1e-10).log10()
+
+
+@torch.no_grad()
+def measure(tokenizer, images):
+    """Reconstruct images [n, 3, H, W]: (mean PSNR in dB, share of the codebook in use)."""
+    values, used = [], torch.zeros(tokenizer.config.codes, dtype=torch.bool)
+    for batch in images.split(250):
+        tokens = tokenizer.encode(batch)
+        values.append(psnr(batch, tokenizer.decode(tokens, [s // tokenizer.config.downsampling for s in batch.shape[2:]])))
+        used[tokens.flatten().cpu()] = True
+    return torch.cat(values).mean().item(), used.float().mean().item()
+
+
+@torch.no_grad()
+def reseed_dead_codes(tokenizer, latents, used):
+    """Move every code that nobody chose lately onto a vector that the encoder does produce, and so back to
+    life.
+
+    latents: [n, code_dim] of the current batch; used: bool [codes].
+    """
+    dead = (~used).nonzero()[:, 0][: len(latents)]
+    chosen = latents[torch.randperm(len(latents))[: len(dead)]]
+    tokenizer.quantize.embedding.weight[dead] = F.normalize(chosen, dim=-1).to(tokenizer.quantize.embedding.weight)
+    return len(dead)
+
+
+def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, learning_rate=2e-3, device="cpu"):
+    """Train on reconstruction (L1 + L2) and commitment; the losses of arXiv 1711.00937, on unit vectors.
+
+    images, validation: uint8 [n, H, W, 3]. Writes `out` every 500 steps, on Ctrl-C, and at the end.
+    Returns (PSNR in dB, share of codes in use) on the validation images.
+    """
+    device = torch.device(device)
+    precision = common.fast_precision(device)
+    tokenizer.to(device).train()
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    warm_up = min(100, steps // 10 + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # up linearly, then down along half a cosine
+        optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / steps)))
+    used = torch.zeros(tokenizer.config.codes, dtype=torch.bool, device=device)
+    validation = common.from_uint8(validation).to(device)
+    quality, use = 0.0, 0.0
+    bar = tqdm(range(steps), desc="tokenizer", unit="step", dynamic_ncols=True)
+    try:
+        for step in bar:
+            batch = images[np.random.randint(0, len(images), batch_size)]
+            batch = common.from_uint8(batch).to(device)
+            with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+                painted, tokens, codebook_loss, commitment_loss = tokenizer(batch)
+            error = painted.float() - batch
+            loss = error.abs().mean() + error.square().mean() + codebook_loss + 0.25 * commitment_loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            used[tokens.flatten()] = True
+            if step % 50 == 49 and step < 0.8 * steps:  # the last fifth leaves the codes in peace
+                reseed_dead_codes(tokenizer, tokenizer.latents(batch).detach().flatten(0, 2), used)
+            if step % 50 == 49:
+                used.zero_()
+            if step % 250 == 249 or step == steps - 1:
+                tokenizer.eval()
+                quality, use = measure(tokenizer, validation)
+                tokenizer.train()
+                save_tokenizer(tokenizer, out)
+            if step % 10 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.4f}, validation PSNR {quality:.2f} dB, {use:.0%} of codes used")
+    except KeyboardInterrupt:
+        print(f"\nstopped after {step} of {steps} steps; what was learnt is in {out}")
+        save_tokenizer(tokenizer, out)
+    return quality, use
