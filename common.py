@@ -11,6 +11,8 @@ import contextlib
 import os
 import pathlib
 import pickle
+import shutil
+import signal
 import sys
 
 import numpy as np
@@ -38,7 +40,7 @@ def command_line(docstring):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Public functions raise ValueError or OSError for a mistake of their caller; a command prints it and exits with 2."""
+    """Public functions raise ValueError or OSError for a caller's mistake; a command prints it and exits with 2."""
     try:
         yield
     except OSError as error:  # its own text starts with "[Errno 13]", which helps nobody
@@ -46,6 +48,8 @@ def one_line_errors():
         sys.exit(_complain(f"{error.strerror}{where}" if error.strerror else str(error)))
     except ValueError as error:
         sys.exit(_complain(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _complain(text):
@@ -60,16 +64,40 @@ def pick_device(name=None):
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot use device {name!r} ({str(error).splitlines()[0]}): try --device cpu") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot use device {name!r} ({reason}): try --device cpu") from None
     return torch.device(name)
 
 
 def fast_precision(device):
-    """The dtype for matrix products in training: bfloat16 where the hardware multiplies it faster, else float32."""
+    """The dtype for matrix products in training: bfloat16 where the hardware is faster at it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+    faster = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if faster else torch.float32
+
+
+def can_compile(device):
+    """Whether torch.compile works here: on a CPU it writes C++ and needs a compiler for it."""
+    return device.type == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl")))
+
+
+def stop_at_signal():
+    """A list that is empty until Ctrl-C (or SIGTERM, a cluster's way to say the same) is pressed.
+
+    A loop that looks at it stops between two steps, never within one. A second Ctrl-C ends the program at once.
+    """
+    stop = []
+
+    def ask_to_stop(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+    return stop
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,7 +105,7 @@ def fast_precision(device):
 
 
 def write_safely(path, write):
-    """Call write(temporary path), then put the file in its place in one step. Makes the folder where it is missing."""
+    """Call write(temporary path), then put the file in its place in one step. Makes a missing folder."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -104,9 +132,9 @@ def save(content, path):
 
 
 def load(path, device="cpu"):
-    """What `save` wrote, tensors on `device`. Never runs code from the file. Raises FileNotFoundError, ValueError."""
+    """What `save` wrote, tensors on `device`; never runs code from a file. Raises FileNotFoundError, ValueError."""
     if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: give the path of a file that train.py or a release made")
+        raise FileNotFoundError(f"no checkpoint at {path}: give a file that train.py made, or a released one")
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
@@ -116,7 +144,7 @@ def load(path, device="cpu"):
 
 
 def half_precision(state_dict):
-    """The state dict with its floating-point tensors in float16: half the size on disk, loaded back into float32."""
+    """The state dict in float16: half the size on disk; load_state_dict turns it back into float32."""
     return {name: x.half() if x.is_floating_point() else x for name, x in state_dict.items()}
 
 

@@ -35,7 +35,7 @@ import common
 
 @dataclass
 class Config:
-    """The shape of a RandAR model. With the defaults, SIZES["L"] and ImageNet's tokens it is the paper's RandAR-L."""
+    """The shape of a RandAR model. The defaults are the paper's RandAR-L on ImageNet (Table A)."""
 
     grid: tuple = (16, 16)  # (h, w): an image is N = h * w tokens
     vocab_size: int = 16384  # V: different image tokens, the codes of the tokenizer
@@ -47,9 +47,9 @@ class Config:
     class_dropout: float = 0.1  # how often the class is hidden in training, for classifier-free guidance
 
 
-SIZES = {  # Table A. "toy" is ours: 1.0 million parameters, far too few to overfit, so dropout would only cost it accuracy
-    "toy": dict(dim=128, n_layer=4, n_head=4, dropout=0.0),
-    "L": dict(dim=1024, n_layer=24, n_head=16),  # 343M
+SIZES = {  # for example Config(**SIZES["XL"], grid=(16, 16), vocab_size=16384, num_classes=1000)
+    "toy": dict(dim=128, n_layer=4, n_head=4, dropout=0.0),  # ours, 1.0M: too few parameters to overfit
+    "L": dict(dim=1024, n_layer=24, n_head=16),  # 343M, as all below of Table A
     "XL": dict(dim=1280, n_layer=36, n_head=20),  # 775M
     "XXL": dict(dim=1536, n_layer=48, n_head=24),  # 1.4B
 }
@@ -66,32 +66,31 @@ SIZES = {  # Table A. "toy" is ours: 1.0 million parameters, far too few to over
 def rotary_angles(rows, columns, head_dim, base=10000.0):
     """Angles by which the channel pairs of a token at (row, column) turn.
 
-    rows, columns: float tensors [...], in units of token positions; fractions are allowed (interpolated
-    positions).
-    head_dim: channels per attention head, a multiple of 4.
-    Returns [..., head_dim / 2] in radians: row angles in the first half, column angles in the second (Eq. 5).
+    rows, columns: float tensors [...], in units of token positions; fractions are interpolated positions.
+    head_dim: D, channels per attention head, a multiple of 4 (else a ValueError).
+    Returns [..., D / 2] in radians: row angles in the first half, column angles in the second (Eq. 5).
     """
     if head_dim % 4:
         raise ValueError(f"head_dim must be a multiple of 4 (pairs for rows and for columns), not {head_dim}")
-    frequencies = base ** -torch.arange(0, 1, 4 / head_dim, device=rows.device)  # [head_dim / 4], 1 down to about 1 / base
+    frequencies = base ** -torch.arange(0, 1, 4 / head_dim, device=rows.device)  # [D / 4], from 1 down
     return torch.cat([rows[..., None] * frequencies, columns[..., None] * frequencies], dim=-1)
 
 
 def grid_angles(grid, head_dim, device=None):
-    """The angles of every position of an (h, w) grid in raster order, [h * w, head_dim / 2]."""
+    """The angles of every position of an (h, w) grid in raster order, float [h * w, head_dim / 2]."""
     h, w = grid
-    rows, columns = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
-    return rotary_angles(rows.flatten().float(), columns.flatten().float(), head_dim)
+    positions = torch.arange(h * w, device=device)
+    return rotary_angles((positions // w).float(), (positions % w).float(), head_dim)
 
 
 def rotation_of(angles):
-    """Angles [..., D / 2] -> cosines and sines [..., D / 2, 2], the form in which they are gathered and applied."""
+    """Angles [..., D / 2] -> their cosines and sines [..., D / 2, 2], which is all that `rotate` needs."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotate(x, rotation):
-    """Turn each pair of adjacent channels (2i, 2i + 1) of x [..., D] by its angle; rotation [..., D / 2, 2]."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., D / 2] each
+    """Turn each pair of channels (2i, 2i + 1) of x [..., D] by its angle; rotation: [..., D / 2, 2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # in float32 for precision: [..., D / 2] each
     cos, sin = rotation.unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
@@ -108,11 +107,10 @@ ORDERS = ("random", "raster", "spiral_in", "spiral_out", "z_curve", "subsample",
 
 
 def generation_order(name, batch, grid, generator=None, device=None):
-    """The order of a given name for each image of a batch: int64 [b, N], the raster index decoded at each
-    turn.
+    """The order of that name for each image of a batch: int64 [b, N], the raster index decoded at each turn.
 
-    name: one of ORDERS ("-" may stand for "_"); grid: (h, w); generator: a torch.Generator for the random
-    ones. Raises ValueError for an unknown name.
+    name: one of ORDERS ("-" may stand for "_"), else a ValueError; grid: (h, w); generator: a torch.Generator
+    on `device`, for the orders with randomness, which differ from image to image.
     """
     name = name.replace("-", "_")
     if name not in ORDERS:
@@ -121,14 +119,14 @@ def generation_order(name, batch, grid, generator=None, device=None):
     positions = torch.arange(h * w, device=device)
     row, column = positions // w, positions % w
     random = torch.rand(batch, h * w, generator=generator, device=device)
-    in_the_middle = (abs(2 * row - (h - 1)) < h / 2) & (abs(2 * column - (w - 1)) < w / 2)  # its half by half
+    in_the_middle = (abs(2 * row - (h - 1)) < h / 2) & (abs(2 * column - (w - 1)) < w / 2)  # half by half
 
     # Every order is a sort: a key for each position, the smallest goes first.
     if name == "random":
         key = random
     elif name == "raster":
         key = positions
-    elif name in ("spiral_in", "spiral_out"):  # clockwise from the top left corner to the middle, or all of it backwards
+    elif name in ("spiral_in", "spiral_out"):  # clockwise from the top left to the middle, or that backwards
         key = spiral_rank(row, column, h, w)
         key = key if name == "spiral_in" else -key
     elif name == "z_curve":  # interleave the bits of row and column: quadrant by quadrant, at every scale
@@ -147,8 +145,8 @@ def generation_order(name, batch, grid, generator=None, device=None):
 
 
 def spiral_rank(row, column, h, w):
-    """At which turn a clockwise spiral from the top left corner to the middle reaches (row, column), int64 [N]."""
-    ring = torch.stack([row, column, h - 1 - row, w - 1 - column]).amin(0)  # how many rings lie around this one
+    """The turn at which a clockwise spiral from the top left inwards reaches (row, column): int64 [N]."""
+    ring = torch.stack([row, column, h - 1 - row, w - 1 - column]).amin(0)  # how many rings lie around it
     rows, columns = h - 2 * ring, w - 2 * ring  # the size of the ring's rectangle
     down, right = row - ring, column - ring  # the place in it
     along = torch.where(down == 0, right,  # the top edge, to the right
@@ -168,8 +166,7 @@ def spiral_rank(row, column, h, w):
 def step_sizes(number, steps):
     """How many tokens each step decodes: a list of ints, each at least 1, that sums to `number`.
 
-    number: tokens to decode, N; steps: T >= 1, or -1 for one token a step. More steps than tokens: one token
-    a step.
+    number: tokens to decode, N; steps: T >= 1, else a ValueError. -1, or more steps than tokens: one a step.
     """
     if steps != -1 and steps < 1:
         raise ValueError(f"steps must be at least 1 (or -1 for one token a step), not {steps}")
@@ -179,7 +176,7 @@ def step_sizes(number, steps):
     for k in range(steps):
         target = min(number, int((1 - math.cos(math.pi / 2 * (k + 1) / steps)) * number + 1))
         if k == 0 and steps > 1:
-            target = 1  # as in the released code: the first token is alone, nothing is there yet to agree with
+            target = 1  # as in the released code: nothing is there yet that two tokens could agree with
         sizes.append(max(1, target - done))
         done += sizes[-1]
     return sizes
@@ -199,14 +196,14 @@ class RMSNorm(nn.Module):
 
 
 class KeyValueCache:
-    """Keys and values of all tokens so far in one layer, so that a decoding step computes the new ones only."""
+    """Keys and values of all tokens so far in one layer, so that a decoding step computes new ones only."""
 
     def __init__(self, batch, heads, length, head_dim, dtype, device):
         self.keys = torch.zeros(batch, heads, length, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
 
     def write(self, place, keys, values):
-        """Put n new tokens at places `place` .. `place + n - 1`, over what stood there; returns all from 0 to there."""
+        """Put [b, heads, n, D] from `place` on, over what stood there; returns all up to place + n."""
         end = place + keys.shape[2]
         self.keys[:, :, place:end], self.values[:, :, place:end] = keys, values
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -220,7 +217,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x, rotation, cache=None, place=0):
-        """x [b, n, d], rotation [b, n, D / 2, 2] -> [b, n, d]. With a cache, x stands at `place` and sees all before it."""
+        """x [b, n, d], rotation [b, n, D / 2, 2] -> [b, n, d]; x comes after `place` tokens of the cache."""
         n = x.shape[1]
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # [b, n, heads, D] each
         q, k = rotate(q, rotation[:, :, None]), rotate(k, rotation[:, :, None])
@@ -268,16 +265,19 @@ class Block(nn.Module):
 # belongs, and the prediction at P_i is the distribution of x_i. The last image token predicts nothing and is
 # left out: 2 N tokens.
 
-Step = namedtuple("Step", "positions tokens logits")  # of one decoding step: [b, m], [b, m] int64, [b, m, V] after guidance
+# What a decoding step did: positions and tokens, int64 [b, m], and the guided logits, float32 [b, m, V].
+Step = namedtuple("Step", "positions tokens logits")
 
 
 class RandAR(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, config.dim)})
+        self.head_dim = config.dim // config.n_head  # D
+        self.null_class = config.num_classes  # "no class given": the last row of the class embedding
+        self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(self.null_class + 1, config.dim)})
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, config.dim))  # e of Eq. 5: one vector for all positions
+        self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, config.dim))  # e of Eq. 5: one for all
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -286,23 +286,13 @@ class RandAR(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(self.output.weight)  # training starts from the uniform distribution, loss log(V)
 
-    @property
-    def null_class(self):
-        """The class that stands for "no class given": the last row of the class embedding."""
-        return self.config.num_classes
-
-    @property
-    def head_dim(self):
-        return self.config.dim // self.config.n_head
-
     # The parts of a sequence: embeddings [b, n, d] and rotations [b, n, D / 2, 2]
 
     def position_instruction_tokens(self, rotation):
         """P_i = RoPE(e, h_i, w_i) (Eq. 5) for rotation [b, n, D / 2, 2] -> [b, n, d].
 
         Attention rotates their queries and keys a second time, like those of all tokens. This first rotation
-        is what makes the *values* differ: without it all P_i would be the same vector, and say nothing where
-        they are read.
+        is what makes the *values* differ: without it every P_i would be the same vector, and tell nothing.
         """
         e = self.pos_instruct_embeddings.view(1, 1, self.config.n_head, self.head_dim)
         return rotate(e.expand(*rotation.shape[:2], -1, -1), rotation[:, :, None]).flatten(2)
@@ -315,9 +305,8 @@ class RandAR(nn.Module):
         if angles is None:
             angles = grid_angles(self.config.grid, self.head_dim, order.device)
         rotation = rotation_of(angles)[order].repeat_interleave(2, dim=1)  # [b, 2 n, D / 2, 2]
-        # The class has no place in the image. The released weights were trained with its table all zeros (cos
-        # = sin = 0), which zeroes its query and key: every query scores it 0, whatever the class. We keep
-        # that.
+        # The class has no place in the image. The released weights were trained with cos = sin = 0 for it,
+        # which zeroes its query and key, so that every query scores it 0: it is read through its value only.
         return F.pad(rotation, (0, 0, 0, 0, 1, 0))
 
     def hidden_states(self, x, rotation, caches=None, place=0):
@@ -329,30 +318,34 @@ class RandAR(nn.Module):
     # Training (Alg. A)
 
     def forward(self, tokens, classes, order):
-        """Logits of every token of images, each given those before it in the order.
+        """Logits of every token of an image, each given the class and the tokens before it in the order.
 
         tokens: [b, N] int64 in raster order; classes: [b] int64, null_class for none; order: [b, N] int64, a
-        permutation. Returns [b, N, V], in the order given (not in raster order).
+        permutation in each row. Returns [b, N, V], in the order given (not in raster order). Raises
+        ValueError for shapes that do not fit; to check values too, the host would wait for the device.
         """
-        if tokens.shape[1] != math.prod(self.config.grid):
-            h, w = self.config.grid
-            raise ValueError(f"expected {h * w} tokens for a {h} x {w} grid, got {tokens.shape[1]}")
+        b, number = len(tokens), math.prod(self.config.grid)
+        shapes = [list(x.shape) for x in (tokens, classes, order)]
+        if shapes != [[b, number], [b], [b, number]]:
+            raise ValueError(f"expected tokens [b, {number}], classes [b], order [b, {number}] for the grid "
+                             f"{self.config.grid}, got the shapes {str(shapes)[1:-1]}")
         if self.training:
             hidden = torch.rand(classes.shape, device=classes.device) < self.config.class_dropout
             classes = torch.where(hidden, self.null_class, classes)
-        rotation = self.sequence_rotation(order)[:, :-1]  # [b, 2 N, D / 2, 2]
-        image_tokens = F.dropout(self.tok_embeddings(tokens.gather(1, order)), self.config.dropout, self.training)
-        instructions = self.position_instruction_tokens(rotation[:, 1::2])
-        class_token = self.cls_embedding.embedding_table(classes)[:, None]
-        pairs = torch.stack([instructions, image_tokens.to(instructions.dtype)], dim=2).flatten(1, 2)  # P_1, x_1, P_2, ...
-        x = self.hidden_states(torch.cat([class_token, pairs[:, :-1]], dim=1), rotation)
-        return self.output(self.norm(x[:, 1::2]))  # only position instruction tokens predict
+        rotation = self.sequence_rotation(order)[:, :-1]  # without the last image token: [b, 2 N, D / 2, 2]
+        class_token = self.cls_embedding.embedding_table(classes)[:, None]  # [b, 1, d]
+        instructions = self.position_instruction_tokens(rotation[:, 1::2])  # P_1 .. P_N: [b, N, d]
+        image_tokens = self.tok_embeddings(tokens.gather(1, order))  # x_1 .. x_N: [b, N, d]
+        image_tokens = F.dropout(image_tokens, self.config.dropout, self.training)
+        pairs = torch.stack([instructions, image_tokens], dim=2).flatten(1, 2)  # P_1, x_1, .. [b, 2 N, d]
+        x = self.hidden_states(torch.cat([class_token, pairs[:, :-1]], dim=1), rotation)  # [b, 2 N, d]
+        return self.output(self.norm(x[:, 1::2]))  # only position instruction tokens predict: [b, N, V]
 
     def loss(self, tokens, classes, order=None):
-        """Mean cross entropy in nats a token (Alg. A): a scalar. order: [b, N], or None for a random one per image."""
+        """Mean cross entropy in nats a token (Alg. A): a scalar. order: [b, N], or None for random ones."""
         if order is None:
             order = generation_order("random", len(tokens), self.config.grid, device=tokens.device)
-        logits = self(tokens, classes, order)
+        logits = self(tokens, classes, order)  # [b, N, V]
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens.gather(1, order).flatten())
 
     # Decoding (Alg. B)
@@ -360,91 +353,106 @@ class RandAR(nn.Module):
     @torch.no_grad()
     def decode(self, classes, order, steps=88, cfg=(1.0, 4.0), scg=1.0, temperature=1.0, top_k=0, top_p=1.0,
                generator=None, known=None, angles=None):
-        """The decoding loop, one step at a time: a generator of Step(positions, tokens, logits).
+        """The decoding loop, to be stepped through: an iterator of Step(positions, tokens, logits).
 
-        classes: [b] int64, null_class for none.
+        classes: [b] int64, 0 .. C - 1, or null_class for none.
         order: [b, n] int64, the positions to decode in their turns: all of the image, or any part of it.
-        steps: decoding steps, distributed over the n positions by step_sizes.
-        cfg: (start, end) of classifier-free guidance, linear in the share of tokens decoded; (1, 1) is none.
+        steps: decoding steps, over which step_sizes distributes the n positions; -1 is one token a step.
+        cfg: (start, end) of classifier-free guidance, linear in the share of tokens known; (1, 1) is none.
         scg: w_scg of spatial contextual guidance (App. F); 1 is none.
         temperature > 0, top_k (0: all), top_p in (0, 1]: how to sample; top_k=1 takes the most likely token.
         generator: a torch.Generator on the model's device, for samples that can be repeated.
-        known: (positions [b, k], tokens [b, k]) int64, tokens that stand before everything decoded and are
-        not changed.
-        angles: [positions, D / 2] rotary angles of each position, for grids and angles other than the model's
-        own.
+        known: (positions [b, k], tokens [b, k]) int64: context before everything decoded, and left as it is.
+        angles: [positions, D / 2], rotary angles of each position, by default those of the model's grid.
 
-        Raises ValueError for a value out of range. The loop itself never waits for the device (no .item(), no
-        mask).
+        Raises ValueError, before the first step, for values out of range and shapes that do not fit. From
+        then on the host never waits for the device. In training mode, dropout would be at work here too.
         """
-        batch, n = order.shape
-        sizes = step_sizes(n, steps)
+        sizes = step_sizes(order.shape[-1], steps)
         check_sampling(cfg, temperature, top_k, top_p)
-        if len(classes) != batch or classes.min() < 0 or classes.max() > self.null_class:
-            raise ValueError(f"expected {batch} classes from 0 to {self.null_class - 1} (or {self.null_class} for none)")
-        if known is None:
-            known = order[:, :0], order[:, :0]
-        k = known[0].shape[1]
+        known_positions, known_tokens = (order[:, :0], order[:, :0]) if known is None else known
+        self.check_context(classes, order, known_positions, known_tokens, angles)
 
-        # Guidance needs the predictions of several contexts; each is a stream, stacked along the batch
-        # dimension.
+        # Guidance compares the predictions in several contexts: streams, stacked along the batch dimension.
         streams = streams_of(cfg, scg, class_given=bool((classes != self.null_class).any()))
         null = torch.full_like(classes, self.null_class)
-        x = torch.cat([classes if stream.with_class else null for stream in streams])
-        class_token = self.cls_embedding.embedding_table(x)[:, None]  # [streams * b, 1, d]
-        dtype = class_token.dtype
+        stream_classes = torch.cat([classes if stream.with_class else null for stream in streams])
+        class_token = self.cls_embedding.embedding_table(stream_classes)[:, None]  # [streams * b, 1, d]
 
-        rotation = self.sequence_rotation(torch.cat([known[0], order], dim=1), angles)  # [b, 1 + 2 (k + n), D / 2, 2]
-        rotation = rotation.repeat(len(streams), 1, 1, 1)
-        instructions = self.position_instruction_tokens(rotation[:, 1::2]).to(dtype)  # [streams * b, k + n, d]
-        caches = [KeyValueCache(len(x), self.config.n_head, 2 * (k + n), self.head_dim, dtype, x.device)
-                  for _ in self.layers]
+        k, n = known_positions.shape[1], order.shape[1]
+        rotation = self.sequence_rotation(torch.cat([known_positions, order], dim=1), angles)
+        rotation = rotation.repeat(len(streams), 1, 1, 1)  # [streams * b, 1 + 2 (k + n), D / 2, 2]
+        instructions = self.position_instruction_tokens(rotation[:, 1::2])  # [streams * b, k + n, d]
+        caches = [KeyValueCache(len(class_token), self.config.n_head, 2 * (k + n), self.head_dim,
+                                class_token.dtype, order.device) for _ in self.layers]
 
         def embed(tokens):
-            """[b, m] -> [streams * b, m, d]; where a stream drops tokens, a quarter of them is zeroed (App. F)."""
+            """[b, m] -> [streams * b, m, d]; in streams that drop, a quarter is zeroed (App. F)."""
             embedded = self.tok_embeddings(tokens)
-            kept = torch.rand(tokens.shape, generator=generator, device=x.device)[..., None] >= 0.25 if scg != 1 else 1.0
+            if DROP_NULL not in streams:
+                return embedded.repeat(len(streams), 1, 1)
+            kept = torch.rand(tokens.shape, generator=generator, device=tokens.device)[..., None] >= 0.25
             return torch.cat([embedded * kept if stream.drops else embedded for stream in streams])
 
         def pairs(start, tokens):
-            """P_i, x_i, P_i+1, x_i+1, ... for tokens decoded at turn `start` and after: [streams * b, 2 m, d]."""
+            """P_i, x_i, P_i+1, ... for tokens [b, m] of the turns from `start` on: [streams * b, 2 m, d]."""
             end = start + tokens.shape[1]
             return torch.stack([instructions[:, start:end], embed(tokens)], dim=2).flatten(1, 2)
 
-        # `pending`: the tokens that the cache does not hold yet, in the sequence of training, from `place`
-        # on. They and the queries Q_1 .. Q_m (position instruction tokens without their image tokens) are the
-        # input of a step.
-        pending, place, done = torch.cat([class_token, pairs(0, known[1])], dim=1), 0, k
-        for m in sizes:
-            queries = instructions[:, done : done + m]
-            end = place + pending.shape[1]  # of the sequence of training; the queries follow
-            rotations = torch.cat([rotation[:, place:end], rotation[:, end : end + 2 * m : 2]], dim=1)
-            hidden = self.hidden_states(torch.cat([pending, queries], dim=1), rotations, caches, place)
-            logits = self.output(self.norm(hidden[:, -m:])).float()  # only the queries predict: [streams * b, m, V]
-            weight = cfg[0] + (cfg[1] - cfg[0]) * done / (k + n)  # linear in the share of the image that is known
-            logits = guided(streams, logits.chunk(len(streams)), weight, scg)  # [b, m, V]
-            tokens = sample(logits, temperature, top_k, top_p, generator)
-            yield Step(order[:, done - k : done - k + m], tokens, logits)
-            # Now the cache ends in Q_1, Q_2 .. Q_m, but training saw P_1 x_1 P_2 x_2 .. P_m x_m. Only Q_1 is
-            # right where it is; so the next step writes from the place after it: x_1, P_2, x_2, ... (Alg. B,
-            # "rewrite")
-            pending, place = pairs(done, tokens)[:, 1:], end + 1
-            done += m
+        @torch.no_grad()
+        def loop():
+            # `pending`: what the cache does not hold yet of the sequence that training saw, from `place` on.
+            pending, place, done = torch.cat([class_token, pairs(0, known_tokens)], dim=1), 0, k
+            for m in sizes:
+                # The input: what is pending, and m queries Q_1 .. Q_m, the P of the next m turns without x.
+                queries = instructions[:, done : done + m]
+                end = place + pending.shape[1]  # where the next P belongs in the sequence of training
+                rotations = torch.cat([rotation[:, place:end], rotation[:, end : end + 2 * m : 2]], dim=1)
+                x = self.hidden_states(torch.cat([pending, queries], dim=1), rotations, caches, place)
+                logits = self.output(self.norm(x[:, -m:])).float()  # [streams * b, m, V]
+                weight = cfg[0] + (cfg[1] - cfg[0]) * done / (k + n)  # linear in the share of tokens known
+                logits = guided(streams, logits.chunk(len(streams)), weight, scg)  # [b, m, V]
+                tokens = sample(logits, temperature, top_k, top_p, generator)  # [b, m]
+                yield Step(order[:, done - k : done - k + m], tokens, logits)
+                # The cache now ends in Q_1 Q_2 .. Q_m, but training saw P_1 x_1 P_2 x_2 .. P_m x_m. Only Q_1
+                # is right where it is: the next step overwrites the rest with x_1 P_2 x_2 .. (Alg. B).
+                pending, place = pairs(done, tokens)[:, 1:], end + 1
+                done += m
 
-    def generate(self, classes, order="random", steps=88, cfg=(1.0, 4.0), scg=1.0, temperature=1.0, top_k=0, top_p=1.0,
-                 generator=None, known=None, angles=None):
+        return loop()
+
+    def check_context(self, classes, order, known_positions, known_tokens, angles):
+        """Raises ValueError for arguments of `decode` that do not fit the model or each other."""
+        shapes = [list(x.shape) for x in (classes, order, known_positions, known_tokens)]
+        b, n, k = len(order), order.shape[-1], known_positions.shape[-1]
+        if shapes != [[b], [b, n], [b, k], [b, k]]:
+            raise ValueError("expected classes [b], order [b, n], known positions and known tokens [b, k], got the "
+                             f"shapes {str(shapes)[1:-1]}")
+        number = math.prod(self.config.grid) if angles is None else len(angles)
+        positions = torch.cat([known_positions, order], dim=1)
+        for name, x, end in (("classes", classes, self.null_class + 1), ("positions", positions, number),
+                             ("known tokens", known_tokens, self.config.vocab_size)):
+            if ((x < 0) | (x >= end)).any():
+                raise ValueError(f"{name} must be from 0 to {end - 1}, not {x.min()} to {x.max()}")
+        if (positions.sort(dim=1).values.diff(dim=1) == 0).any():
+            raise ValueError("a position is twice in the order, or in it and among the known: give it once")
+
+    def generate(self, classes, order="random", steps=88, cfg=(1.0, 4.0), scg=1.0, temperature=1.0, top_k=0,
+                 top_p=1.0, generator=None, known=None, angles=None):
         """Run `decode` to its end: images as tokens [b, N] int64 in raster order. Arguments as there, except:
 
-        order: a name of ORDERS, for the whole grid of the model, or positions int64 [b, n]. Positions that
-        are neither in the order nor known come out as -1.
+        order: a name of ORDERS, for the model's whole grid, or positions int64 [b, n]. Positions that are
+        neither in it nor known come out as -1.
         """
         if isinstance(order, str):
             order = generation_order(order, len(classes), self.config.grid, generator, classes.device)
+        loop = self.decode(classes, order, steps, cfg, scg, temperature, top_k, top_p, generator, known,
+                           angles)
         number = math.prod(self.config.grid) if angles is None else len(angles)
         tokens = torch.full((len(order), number), -1, device=order.device)
         if known is not None:
             tokens.scatter_(1, *known)
-        for step in self.decode(classes, order, steps, cfg, scg, temperature, top_k, top_p, generator, known, angles):
+        for step in loop:
             tokens.scatter_(1, step.positions, step.tokens)
         return tokens
 
@@ -454,7 +462,7 @@ class RandAR(nn.Module):
 #
 # Classifier-free guidance moves the logits away from what the model would say without the class. Spatial
 # contextual guidance (App. F) does the same with the image as context: away from what it would say with a
-# quarter of the tokens dropped.
+# quarter of the tokens dropped. Each context is a stream of its own through the decoder.
 
 Stream = namedtuple("Stream", "drops with_class")
 FULL_CLASS, FULL_NULL, DROP_NULL = Stream(False, True), Stream(False, False), Stream(True, False)
@@ -468,7 +476,7 @@ def streams_of(cfg, scg, class_given):
 
 
 def guided(streams, logits, cfg, scg):
-    """Combine the logits [b, m, V] of each stream; cfg and scg are the weights w_cfg and w_scg of this step."""
+    """Combine the logits [b, m, V] of the streams; cfg and scg are w_cfg and w_scg at this step."""
     z = dict(zip(streams, logits))
     if FULL_NULL not in z:
         return z[FULL_CLASS]
@@ -476,16 +484,16 @@ def guided(streams, logits, cfg, scg):
     if DROP_NULL in z:
         image = z[DROP_NULL] + scg * (z[FULL_NULL] - z[DROP_NULL])  # Eq. A
     if FULL_CLASS in z:
-        image = image + cfg * (z[FULL_CLASS] - z[FULL_NULL])  # Eq. B; with w_scg = 1 plain classifier-free guidance
+        image = image + cfg * (z[FULL_CLASS] - z[FULL_NULL])  # Eq. B; with w_scg = 1, plain CFG
     return image
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one token from each distribution: logits [..., V] -> int64 [...]."""
+    """Draw one token from each distribution: logits [..., V] float -> int64 [...]; see check_sampling."""
     logits = logits / temperature
-    if top_k:  # nothing below the k-th best
-        worst = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < worst, -torch.inf)
+    if top_k:  # the k best, and no more where several are equal
+        best, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, tokens, best)
     if top_p < 1:  # the fewest tokens that have top_p of the probability together
         ordered, tokens = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
@@ -500,9 +508,9 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def check_sampling(cfg, temperature, top_k, top_p):
     """Raises ValueError for guidance that is not a pair, and for a value out of its range."""
     if len(cfg) != 2:
-        raise ValueError(f"cfg must be two numbers, the guidance at the start and at the end, not {cfg}")
+        raise ValueError(f"cfg must be two numbers, guidance at the start and at the end, not {list(cfg)}")
     if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}; for the most likely tokens use top_k=1")
+        raise ValueError(f"temperature must be above 0, not {temperature}: top_k=1 is the likeliest token")
     if top_k < 0:
         raise ValueError(f"top_k must be 0 (all tokens) or more, not {top_k}")
     if not 0 < top_p <= 1:
@@ -514,36 +522,37 @@ def check_sampling(cfg, temperature, top_k, top_p):
 
 
 def save_randar(model, path, half=False, **more):
-    """Write a checkpoint for load_randar. half: in half precision; more: class names, the state of the training, ..."""
-    state = model.state_dict()
-    common.save({"config": asdict(model.config), "model": common.half_precision(state) if half else state, **more}, path)
+    """Write a checkpoint for load_randar. half: weights in float16; more: class_names, training state, ..."""
+    state = common.half_precision(model.state_dict()) if half else model.state_dict()
+    common.save({"config": asdict(model.config), "model": state, **more}, path)
 
 
 def load_randar(path, device="cpu"):
     """A RandAR from one of our checkpoints, or from released weights (.safetensors, .pt), in eval mode.
 
     Released files hold no configuration: it is read off the shapes (heads of 64 channels, a 16 x 16 grid).
-    model.class_names is a list of str, or None where the file has none.
-    Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
+    model.class_names is a list of str, or None where the file names none. Raises FileNotFoundError, or
+    ValueError for a file that is damaged or holds something else.
     """
-    content = read_weights(path, device)
-    state = content.get("model", content)
+    content = read_weights(path)
     try:
+        state = content.get("model", content)
         config = Config(**content["config"]) if "config" in content else config_of(state)
         model = RandAR(config)
         model.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no RandAR weights ({error}): give --ckpt a file that train.py wrote") from None
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit a RandAR: {str(error).splitlines()[1].strip()}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} holds no RandAR weights ({error}): give one that train.py wrote") from None
+    except RuntimeError as error:  # torch names every parameter, one a line: the last one will do
+        reason = str(error).splitlines()[-1].strip()[:150]
+        raise ValueError(f"{path} does not fit a RandAR ({reason}): give one that train.py wrote") from None
     model.class_names = content.get("class_names")
     return model.to(device).eval()
 
 
-def read_weights(path, device="cpu"):
-    """The content of a checkpoint, whichever format its name says; a dict."""
+def read_weights(path):
+    """The content of a checkpoint, in whichever format its name says, on the CPU."""
     if pathlib.Path(path).suffix != ".safetensors":
-        return common.load(path, device)
+        return common.load(path)
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
@@ -551,7 +560,7 @@ def read_weights(path, device="cpu"):
     except ImportError:
         raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
     try:
-        return load_file(path, device=str(device))
+        return load_file(path)
     except Exception as error:  # safetensors raises a type of its own for a damaged file
         raise ValueError(f"{path} is not a readable safetensors file ({error}): download it again") from None
 

@@ -5,14 +5,15 @@ A VQGAN (arXiv 2012.09841, in LlamaGen's form, arXiv 2406.06525) squeezes an ima
 vectors, replaces each vector by the nearest of a fixed list of *codes*, and paints the image back from the
 codes. The number of the code is the token.
 
-    Tokenizer, TokenizerConfig   encoder, codebook, decoder; LLAMAGEN_VQ16 is LlamaGen's released tokenizer, other settings
-    load_tokenizer               a file -> Tokenizer: our own or LlamaGen's, told apart by their contents
-    train_tokenizer              python tokenizer.py train  [--data DIR]: the toy world, or a folder of class folders
-    encode_folder                python tokenizer.py encode --images DIR --out DIR: a folder of images -> a folder of tokens
-    TokenFolder                  the token folder that train.py reads
+    TokenizerConfig     the settings: small ones for the toy world, and those of LlamaGen's released tokenizer
+    Encoder, Codebook, Decoder, Tokenizer
+    load_tokenizer      a file -> Tokenizer: one of ours or LlamaGen's, told apart by their contents
+    train_tokenizer     how a tokenizer learns
+
+    python tokenizer.py train   [--data DIR]             on the toy world, or on a folder of class folders
+    python tokenizer.py encode  --images DIR --out DIR   a folder of class folders -> the tokens train.py reads
 """
 
-import json
 import math
 import pathlib
 from dataclasses import asdict, dataclass
@@ -20,11 +21,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
 import common
+import data
 import toy
 
 
@@ -33,12 +34,13 @@ class TokenizerConfig:
     """The shape of a tokenizer. The defaults are the toy world's: 32 x 32 pixels -> 8 x 8 tokens."""
 
     channels: int = 24  # of the first convolution
-    multipliers: tuple = (1, 2, 4)  # channels of each level, in units of `channels`; each level halves the image, the last not
-    residual_blocks: int = 1  # a level of the encoder; the decoder, which has the harder task, has one more
+    multipliers: tuple = (1, 2, 4)  # of the channels, level by level; between two levels the image is halved
+    residual_blocks: int = 1  # in a level of the encoder; the decoder, whose task is harder, has one more
     latent_channels: int = 128  # between encoder and codebook
     codes: int = 512  # how many different tokens there are
     code_dim: int = 8  # few: nearest neighbours in a low dimension leave no code unused
     attention: bool = False  # at the lowest resolution
+    image_size: int = 32  # pixels, of the images it was made for; any multiple of `downsampling` works
 
     @property
     def downsampling(self):
@@ -46,7 +48,7 @@ class TokenizerConfig:
         return 2 ** (len(self.multipliers) - 1)
 
 
-LLAMAGEN_VQ16 = TokenizerConfig(128, (1, 1, 2, 2, 4), 2, 256, 16384, 8, attention=True)
+LLAMAGEN_VQ16 = TokenizerConfig(128, (1, 1, 2, 2, 4), 2, 256, 16384, 8, attention=True, image_size=256)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,11 +56,11 @@ LLAMAGEN_VQ16 = TokenizerConfig(128, (1, 1, 2, 2, 4), 2, 256, 16384, 8, attentio
 
 
 def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)  # LlamaGen's 32 groups, from 128 channels on
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)  # 32 groups from 128 channels on
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1 x 1 convolution on x where the number of channels changes."""
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1 x 1 convolution on x where its channels change."""
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
@@ -76,7 +78,7 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Every place looks at every other: one head over the h * w places, so that distant parts can agree on a colour."""
+    """Every place looks at every other, one head over h * w places: distant parts can agree on a colour."""
 
     def __init__(self, channels):
         super().__init__()
@@ -85,8 +87,8 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x):  # [b, c, h, w]
         y = self.norm(x)
-        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # [b, 1, h * w, c]
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        q, k, v = (f(y).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # [b, 1, h * w, c] each
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.reshape(x.shape)
         return x + self.proj_out(y)
 
 
@@ -147,8 +149,9 @@ class Encoder(nn.Module):
         before = config.channels
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
-            self.conv_blocks.append(Level(before, width, config.residual_blocks, config.attention and last,
-                                          None if last else Downsample))
+            attention = config.attention and last
+            resample = None if last else Downsample
+            self.conv_blocks.append(Level(before, width, config.residual_blocks, attention, resample))
             before = width
         self.mid = middle_blocks(before, config.attention)
         self.norm_out = group_norm(before)
@@ -170,9 +173,9 @@ class Decoder(nn.Module):
         self.conv_blocks = nn.Sequential()
         before = widths[0]
         for i, width in enumerate(widths):
-            last = i == len(widths) - 1
-            self.conv_blocks.append(Level(before, width, config.residual_blocks + 1, config.attention and i == 0,
-                                          None if last else Upsample))
+            attention = config.attention and i == 0
+            resample = None if i == len(widths) - 1 else Upsample
+            self.conv_blocks.append(Level(before, width, config.residual_blocks + 1, attention, resample))
             before = width
         self.norm_out = group_norm(before)
         self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
@@ -199,16 +202,16 @@ class Codebook(nn.Module):
         return F.normalize(self.embedding(tokens), dim=-1)
 
     def nearest(self, z):
-        """Vectors [..., code_dim] -> tokens [...]. Between unit vectors the nearest has the largest dot product."""
-        codes = F.normalize(self.embedding.weight.float(), dim=-1)  # float32: bfloat16 would confuse neighbours
+        """Vectors [..., code_dim] -> tokens [...]: of unit vectors the nearest has the largest dot product."""
+        codes = F.normalize(self.embedding.weight.float(), dim=-1)  # float32: bfloat16 confuses neighbours
         return (F.normalize(z.float(), dim=-1) @ codes.T).argmax(-1)
 
     def forward(self, z):
-        """Quantise z [b, h, w, code_dim]: (the nearest codes, tokens [b, h, w], codebook loss, commitment loss)."""
+        """z [b, h, w, code_dim] -> (nearest codes, tokens [b, h, w], codebook loss, commitment loss)."""
         tokens = self.nearest(z)
         z, codes = F.normalize(z, dim=-1), self.vectors(tokens)
-        codebook_loss = (codes - z.detach()).square().mean()  # moves the codes to the vectors they stand for
-        commitment_loss = (codes.detach() - z).square().mean()  # and keeps the encoder near the codes it chose
+        codebook_loss = (codes - z.detach()).square().mean()  # moves codes to the vectors they stand for
+        commitment_loss = (codes.detach() - z).square().mean()  # keeps the encoder near the codes it chose
         # Straight through: forwards it is the code, backwards it is as if nothing had been rounded (z takes
         # the gradient).
         return z + (codes - z).detach(), tokens, codebook_loss, commitment_loss
@@ -247,8 +250,8 @@ class Tokenizer(nn.Module):
         """
         f = self.config.downsampling
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(f"expected images [b, 3, H, W] with H and W multiples of {f}, got {list(images.shape)}: "
-                             "crop or resize them")
+            raise ValueError(f"expected images [b, 3, H, W] with H and W multiples of {f}, got "
+                             f"{list(images.shape)}: crop or resize them")
         return self.quantize.nearest(self.latents(images)).flatten(1)
 
     @torch.no_grad()
@@ -260,7 +263,7 @@ class Tokenizer(nn.Module):
         """
         h, w = grid or (math.isqrt(tokens.shape[1]),) * 2
         if h * w != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fill a {h} x {w} grid: give decode the grid as (h, w)")
+            raise ValueError(f"{tokens.shape[1]} tokens do not fill a {h} x {w} grid: give the grid as (h, w)")
         return self.paint(self.quantize.vectors(tokens.reshape(-1, h, w))).clamp(-1, 1)
 
 
@@ -272,10 +275,10 @@ def load_tokenizer(path, device="cpu"):
     content = common.load(path, device)
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or "quantize.embedding.weight" not in state:
-        raise ValueError(f"{path} holds no tokenizer: give --tokenizer a file made by `python tokenizer.py train`")
+        raise ValueError(f"{path} holds no tokenizer: give a file that python tokenizer.py train made")
     config = TokenizerConfig(**content["config"]) if "config" in content else LLAMAGEN_VQ16
     tokenizer = Tokenizer(config)
-    state = {name: x for name, x in state.items() if name != "quantize.codebook_used"}  # bookkeeping of its training
+    state = {name: x for name, x in state.items() if name != "quantize.codebook_used"}  # only bookkeeping
     try:
         tokenizer.load_state_dict(state)
     except RuntimeError as error:
@@ -284,71 +287,9 @@ def load_tokenizer(path, device="cpu"):
 
 
 def save_tokenizer(tokenizer, path):
-    """Write a tokenizer for load_tokenizer, in half precision, which costs no quality (and half the megabytes)."""
-    common.save({"config": asdict(tokenizer.config), "model": common.half_precision(tokenizer.state_dict())}, path)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Folders of images: CLASS/picture.jpg
-
-
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-
-
-def list_images(folder):
-    """The images in a folder of class folders: (paths, labels, class names), classes in alphabetical order.
-
-    Raises FileNotFoundError for a missing folder, ValueError for one without class folders or without images.
-    """
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: give a folder of class folders of images, {folder}/CLASS/picture.jpg")
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not class_folders:
-        raise ValueError(f"{folder} has no class folders: put the images of each class into a folder of its own, "
-                         f"{folder}/CLASS/picture.jpg")
-    paths, labels = [], []
-    for label, class_folder in enumerate(class_folders):
-        found = sorted(path for path in class_folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-        paths += found
-        labels += [label] * len(found)
-    if not paths:
-        raise ValueError(f"{folder} has class folders but no images in them ({' '.join(IMAGE_ENDINGS)})")
-    return paths, labels, [path.name for path in class_folders]
-
-
-def read_image(path, size):
-    """uint8 [size, size, 3]: the shorter edge resized to `size`, the centre cut out. Raises OSError if unreadable."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow says of damaged files
-        raise OSError(f"unreadable image {path}: {error}") from None
-    return np.asarray(ImageOps.fit(image, (size, size), Image.LANCZOS))
-
-
-class ImageFiles(torch.utils.data.Dataset):
-    """Image files for a DataLoader: item i is (i, uint8 [size, size, 3]), or (i, None) for an unreadable file."""
-
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        try:
-            return i, read_image(self.paths[i], self.size)
-        except OSError:
-            return i, None
-
-
-def read_images(paths, size, batch_size=256, workers=2):
-    """Yields (numbers of the files, uint8 [n, size, size, 3]) in order; unreadable files are simply missing."""
-    loader = torch.utils.data.DataLoader(ImageFiles(paths, size), batch_size, num_workers=workers, collate_fn=list)
-    for batch in loader:
-        batch = [(i, image) for i, image in batch if image is not None]
-        yield [i for i, _ in batch], np.stack([image for _, image in batch]) if batch else None
+    """Write a tokenizer for load_tokenizer, in half precision: half the megabytes, the same quality."""
+    state = common.half_precision(tokenizer.state_dict())
+    common.save({"config": asdict(tokenizer.config), "model": state}, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -356,7 +297,7 @@ def read_images(paths, size, batch_size=256, workers=2):
 
 
 def psnr(images, reconstructions):
-    """Peak signal-to-noise ratio of each image in dB, [b]; both [b, 3, H, W] in [-1, 1]. 30 dB is a faithful picture."""
+    """Peak signal-to-noise ratio of each image in dB, [b]; both [b, 3, H, W] in [-1, 1]. 30 dB is faithful."""
     error = ((images - reconstructions.clamp(-1, 1)) / 2).square().mean((1, 2, 3))  # of pixels in [0, 1]
     return -10 * error.clamp_min(1e-10).log10()
 
@@ -365,9 +306,10 @@ def psnr(images, reconstructions):
 def measure(tokenizer, images):
     """Reconstruct images [n, 3, H, W]: (mean PSNR in dB, share of the codebook in use)."""
     values, used = [], torch.zeros(tokenizer.config.codes, dtype=torch.bool)
+    grid = [side // tokenizer.config.downsampling for side in images.shape[2:]]
     for batch in images.split(250):
         tokens = tokenizer.encode(batch)
-        values.append(psnr(batch, tokenizer.decode(tokens, [s // tokenizer.config.downsampling for s in batch.shape[2:]])))
+        values.append(psnr(batch, tokenizer.decode(tokens, grid)))
         used[tokens.flatten().cpu()] = True
     return torch.cat(values).mean().item(), used.float().mean().item()
 
@@ -381,20 +323,20 @@ def reseed_dead_codes(tokenizer, latents, used):
     """
     dead = (~used).nonzero()[:, 0][: len(latents)]
     chosen = latents[torch.randperm(len(latents))[: len(dead)]]
-    tokenizer.quantize.embedding.weight[dead] = F.normalize(chosen, dim=-1).to(tokenizer.quantize.embedding.weight)
-    return len(dead)
+    codes = tokenizer.quantize.embedding.weight
+    codes[dead] = F.normalize(chosen, dim=-1).to(codes)
 
 
-def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, learning_rate=2e-3, device="cpu"):
+def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, device="cpu"):
     """Train on reconstruction (L1 + L2) and commitment; the losses of arXiv 1711.00937, on unit vectors.
 
-    images, validation: uint8 [n, H, W, 3]. Writes `out` every 500 steps, on Ctrl-C, and at the end.
+    images, validation: uint8 [n, H, W, 3]. Writes `out` every 250 steps, on Ctrl-C, and at the end.
     Returns (PSNR in dB, share of codes in use) on the validation images.
     """
     device = torch.device(device)
     precision = common.fast_precision(device)
     tokenizer.to(device).train()
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), 2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     warm_up = min(100, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # up linearly, then down along half a cosine
         optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / steps)))
@@ -426,8 +368,87 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, le
                 tokenizer.train()
                 save_tokenizer(tokenizer, out)
             if step % 10 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.4f}, validation PSNR {quality:.2f} dB, {use:.0%} of codes used")
+                bar.set_postfix_str(f"loss {loss.item():.4f}, validation PSNR {quality:.2f} dB, {use:.0%} of codes")
     except KeyboardInterrupt:
         print(f"\nstopped after {step} of {steps} steps; what was learnt is in {out}")
         save_tokenizer(tokenizer, out)
     return quality, use
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The two commands
+
+
+def load_pixels(paths, size):
+    """All images as one array, uint8 [n, size, size, 3]; the unreadable ones are named and left out."""
+    skipped = []
+    pixels = [batch for _, batch in tqdm(data.read_images(paths, size, 256, skipped), "reading", unit="batch")]
+    data.report_skipped(skipped)
+    if not pixels:
+        raise ValueError("none of the images is readable: give a folder of PNG or JPEG photographs")
+    return np.concatenate(pixels)
+
+
+def train_command(args):
+    torch.manual_seed(args.seed)
+    np.random.seed(args.seed)
+    config = TokenizerConfig(image_size=args.image_size or 32)
+    common.writable_folder(pathlib.Path(args.out).parent)
+    if args.data is None:
+        images, validation = toy.make(40_000, seed=1)[0], toy.make(1_000, seed=2)[0]
+    else:
+        paths, _, _ = data.list_images(args.data)
+        pixels = load_pixels(paths, config.image_size)
+        held_out = np.zeros(len(pixels), bool)
+        held_out[np.random.permutation(len(pixels))[: max(1, min(1000, len(pixels) // 20))]] = True
+        images, validation = pixels[~held_out], pixels[held_out]
+    tokenizer = Tokenizer(config)
+    quality, use = train_tokenizer(tokenizer, images, validation, args.steps, args.out, device=args.device)
+    pictures = common.from_uint8(validation[:30]).to(args.device)
+    grid = [config.image_size // config.downsampling] * 2
+    pairs = np.stack([validation[:30], common.to_uint8(tokenizer.decode(tokenizer.encode(pictures), grid))], 1)
+    picture = pathlib.Path(args.out).with_suffix(".png")
+    common.save_picture(common.picture_grid(pairs.reshape(-1, *validation.shape[1:]), [""] * 5,
+                                            f"image, reconstruction: {quality:.1f} dB on average"), picture)
+    print(f"validation PSNR {quality:.2f} dB, {use:.1%} of the codes in use; wrote {args.out} and {picture}")
+
+
+def encode_command(args):
+    tokenizer = load_tokenizer(args.tokenizer, args.device)
+    paths, labels, class_names = data.list_images(args.images)
+    size, skipped = args.image_size or tokenizer.config.image_size, []
+    batches = data.read_images(paths, size, skipped=skipped)
+    data.encode_images(batches, len(paths), labels, class_names, tokenizer, args.tokenizer, args.out, size, args.crops)
+    data.report_skipped(skipped)
+    folder = data.TokenFolder(args.out)
+    print(f"wrote {args.out}: {len(folder)} images of {len(class_names)} classes, {folder.tokens.shape[1]} crops each, "
+          f"{folder.grid[0]} x {folder.grid[1]} tokens")
+
+
+def main():
+    parser = common.command_line(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode")
+    train = commands.add_parser("train", help="train a small tokenizer, on the toy world or on --data")
+    train.add_argument("--data", help="a folder of class folders of images (default: the toy world)")
+    train.add_argument("--steps", type=int, default=3500, help="optimiser steps (default: 3500)")
+    train.add_argument("--out", default="out/tokenizer.pt", help="the file to write (default: out/tokenizer.pt)")
+    train.add_argument("--seed", type=int, default=0)
+    encode = commands.add_parser("encode", help="turn a folder of images into a folder of tokens")
+    encode.add_argument("--images", required=True, help="a folder of class folders of images")
+    encode.add_argument("--out", required=True, help="the token folder to write")
+    encode.add_argument("--tokenizer", default=common.CHECKPOINTS / "tokenizer.pt", help="default: the toy world's")
+    encode.add_argument("--crops", type=int, choices=(1, 2), default=2,
+                        help="1: the centre of each image, 2: and its mirror image (default: 2)")
+    for command in (train, encode):
+        command.add_argument("--image-size", type=int, help="pixels (default: what the tokenizer was made for)")
+        command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    args = parser.parse_args()
+    with common.one_line_errors():
+        args.device = common.pick_device(args.device)
+        if args.command == "train" and args.steps < 1:
+            raise ValueError(f"--steps must be at least 1, not {args.steps}")
+        {"train": train_command, "encode": encode_command}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
