@@ -40,7 +40,7 @@ def command_line(docstring):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Public functions raise ValueError or OSError for a caller's mistake; a command prints it and exits with 2."""
+    """Functions raise ValueError or OSError for a caller's mistake; a command prints it and exits with 2."""
     try:
         yield
     except OSError as error:  # its own text starts with "[Errno 13]", which helps nobody
@@ -70,7 +70,7 @@ def pick_device(name=None):
 
 
 def fast_precision(device):
-    """The dtype for matrix products in training: bfloat16 where the hardware is faster at it, else float32."""
+    """The dtype for matrix products in training: bfloat16 where the hardware has it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -86,7 +86,8 @@ def can_compile(device):
 def stop_at_signal():
     """A list that is empty until Ctrl-C (or SIGTERM, a cluster's way to say the same) is pressed.
 
-    A loop that looks at it stops between two steps, never within one. A second Ctrl-C ends the program at once.
+    A loop that looks at it stops between two steps, never within one. A second Ctrl-C ends the program at
+    once.
     """
     stop = []
 
@@ -132,12 +133,12 @@ def save(content, path):
 
 
 def load(path, device="cpu"):
-    """What `save` wrote, tensors on `device`; never runs code from a file. Raises FileNotFoundError, ValueError."""
+    """What `save` wrote, on `device`; never runs code from a file. Raises FileNotFoundError, ValueError."""
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: give a file that train.py made, or a released one")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a readable checkpoint, it may be truncated ({reason[:90]}): "
                          "download or train it again") from None

@@ -7,9 +7,9 @@ training, so that training never waits for a JPEG. A *token folder* holds
     labels.npy   int64 [n], the class of each image
     meta.json    {"grid": [h, w], "codes": V, "classes": [names], "tokenizer": path}
 
-    list_images, read_image, read_images   from files to pixels; damaged files are skipped and named
-    encode_images                          pixels -> a token folder
-    TokenFolder                            a token folder, opened for training
+    list_images, read_images, read_all   from files to pixels; damaged files are skipped and named
+    encode_images                        from pixels to a token folder
+    TokenFolder                          a token folder, opened for training
 """
 
 import json
@@ -28,6 +28,7 @@ import common
 # Folders of images
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+NOTHING_READABLE = "none of the images is readable: give a folder of PNG or JPEG photographs"
 
 
 def list_images(folder):
@@ -37,7 +38,7 @@ def list_images(folder):
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: give a folder of class folders, {folder}/CLASS/picture.jpg")
+        raise FileNotFoundError(f"no folder {folder}: give one of class folders, {folder}/CLASS/picture.jpg")
     class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if not class_folders:
         raise ValueError(f"{folder} has no class folders: put the images of each class into a folder of its "
@@ -84,13 +85,24 @@ def read_images(paths, size, batch_size=64, skipped=None):
     Unreadable files are left out, and their paths are appended to the list `skipped`.
     """
     workers = 2 if len(paths) > batch_size else 0
-    loader = torch.utils.data.DataLoader(ImageFiles(paths, size), batch_size, num_workers=workers, collate_fn=list)
-    for batch in loader:
+    files = ImageFiles(paths, size)
+    for batch in torch.utils.data.DataLoader(files, batch_size, num_workers=workers, collate_fn=list):
         good = [(i, image) for i, image in batch if image is not None]
         if skipped is not None:
             skipped += [paths[i] for i, image in batch if image is None]
         if good:
             yield [i for i, _ in good], np.stack([image for _, image in good])
+
+
+def read_all(paths, size):
+    """All images in memory, uint8 [n, size, size, 3]; unreadable ones are left out and named."""
+    skipped = []
+    batches = read_images(paths, size, skipped=skipped)
+    pixels = [batch for _, batch in tqdm(batches, "reading", unit="batch", dynamic_ncols=True)]
+    report_skipped(skipped)
+    if not pixels:
+        raise ValueError(NOTHING_READABLE)
+    return np.concatenate(pixels)
 
 
 def report_skipped(skipped):
@@ -132,7 +144,7 @@ def encode_images(batches, number, labels, class_names, tokenizer, tokenizer_pat
                 found[indices] = True
                 bar.update(len(indices))
         if not found.any():
-            raise ValueError("none of the images is readable: give a folder of PNG or JPEG photographs")
+            raise ValueError(NOTHING_READABLE)
         if found.all():
             tokens.flush()
             os.replace(partial, out / "tokens.npy")
@@ -178,9 +190,10 @@ class TokenFolder:
             self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
             self.labels = np.load(folder / "labels.npy")
         except (KeyError, ValueError, EOFError) as error:
-            raise ValueError(f"{folder} is a damaged token folder ({error}): encode the images again") from None
-        if self.tokens.ndim != 3 or self.tokens.shape[2] != math.prod(self.grid) or len(self.tokens) != len(self.labels):
-            raise ValueError(f"{folder} contradicts itself: tokens {list(self.tokens.shape)}, {len(self.labels)} labels, "
+            raise ValueError(f"{folder} is damaged ({error}): encode the images again") from None
+        shape = self.tokens.shape
+        if len(shape) != 3 or shape[0] != len(self.labels) or shape[2] != math.prod(self.grid):
+            raise ValueError(f"{folder} contradicts itself: tokens {list(shape)}, {len(self.labels)} labels, "
                              f"grid {list(self.grid)}: encode the images again")
 
     def __len__(self):
@@ -199,4 +212,5 @@ class TokenFolder:
             shuffled = np.random.default_rng([seed, epoch]).permutation(len(self))
             rows[epochs == epoch] = shuffled[places[epochs == epoch] % len(self)]
         crops = np.random.default_rng([seed, number, 1]).integers(self.tokens.shape[1], size=size)
-        return torch.from_numpy(self.tokens[rows, crops].astype(np.int64)), torch.from_numpy(self.labels[rows])
+        tokens = self.tokens[rows, crops].astype(np.int64)
+        return torch.from_numpy(tokens), torch.from_numpy(self.labels[rows])

@@ -370,7 +370,7 @@ class RandAR(nn.Module):
         """
         sizes = step_sizes(order.shape[-1], steps)
         check_sampling(cfg, temperature, top_k, top_p)
-        known_positions, known_tokens = (order[:, :0], order[:, :0]) if known is None else known
+        known_positions, known_tokens = (order[..., :0],) * 2 if known is None else known
         self.check_context(classes, order, known_positions, known_tokens, angles)
 
         # Guidance compares the predictions in several contexts: streams, stacked along the batch dimension.
@@ -419,15 +419,15 @@ class RandAR(nn.Module):
                 pending, place = pairs(done, tokens)[:, 1:], end + 1
                 done += m
 
-        return loop()
+        return loop()  # not a step has run yet, but all that can be wrong has been checked
 
     def check_context(self, classes, order, known_positions, known_tokens, angles):
         """Raises ValueError for arguments of `decode` that do not fit the model or each other."""
         shapes = [list(x.shape) for x in (classes, order, known_positions, known_tokens)]
         b, n, k = len(order), order.shape[-1], known_positions.shape[-1]
         if shapes != [[b], [b, n], [b, k], [b, k]]:
-            raise ValueError("expected classes [b], order [b, n], known positions and known tokens [b, k], got the "
-                             f"shapes {str(shapes)[1:-1]}")
+            raise ValueError("expected classes [b], order [b, n], known positions and tokens [b, k], "
+                             f"got the shapes {str(shapes)[1:-1]}")
         number = math.prod(self.config.grid) if angles is None else len(angles)
         positions = torch.cat([known_positions, order], dim=1)
         for name, x, end in (("classes", classes, self.null_class + 1), ("positions", positions, number),

@@ -1,6 +1,7 @@
 """Draw pictures: python sample.py
 
-A checkpoint goes in, a labelled grid of pictures comes out. With no argument: the ten classes of the toy world.
+A checkpoint goes in, a labelled grid of pictures comes out. With no argument: the ten classes of the toy
+world.
 """
 
 import math
@@ -12,14 +13,14 @@ from tqdm import tqdm
 
 import common
 import toy
-from randar import ORDERS, generation_order, load_randar, step_sizes
+from randar import ORDERS, generation_order, load_randar
 from tokenizer import load_tokenizer
 
 UNDECODED = 200  # the grey of places that are not decoded yet
 
 
 def decoding_steps(grid):
-    """The default number of decoding steps: the paper's 88 for 16 x 16 tokens, in proportion for other grids."""
+    """The default number of decoding steps: the paper's 88 for 16 x 16 tokens, and in proportion."""
     return max(1, round(math.prod(grid) * 88 / 256))
 
 
@@ -32,19 +33,23 @@ def spread_classes(classes, rows=10, columns=8):
 def draw_grid(pixels, classes, class_names, title, columns=12):
     """A labelled picture with a row for each class, its first `columns` images; missing ones stay white.
 
-    pixels: uint8 [n, H, W, 3]; classes: list of n ints; class_names: list of str or None. Returns a PIL image.
+    pixels: uint8 [n, H, W, 3]; classes: list of n ints; class_names: list of str or None. Returns a PIL
+    image.
     """
-    rows = {label: [i for i, c in enumerate(classes) if c == label][:columns] for label in dict.fromkeys(classes)}
+    rows = {label: [] for label in classes}
+    for image, label in zip(pixels, classes):
+        if len(rows[label]) < columns:
+            rows[label].append(image)
     columns = max(map(len, rows.values()))
-    white = np.full_like(pixels[:1], 255)
-    cells = [pixels[i : i + 1] for row in rows.values() for i in row + [len(pixels)] * (columns - len(row))]
-    cells = np.concatenate([cell if len(cell) else white for cell in cells])
+    white = np.full_like(pixels[0], 255)
+    cells = np.stack([image for row in rows.values() for image in row + [white] * (columns - len(row))])
     names = [class_names[label] if class_names else f"class {label}" for label in rows]
     return common.picture_grid(cells, names, title)
 
 
 def draw_gif(pixels, turns, f, path, seconds=4.0):
-    """An animation of `draw_grid`-like frames in the order of decoding, then the finished pictures for a while.
+    """An animation of `draw_grid`-like frames in the order of decoding, then the finished pictures for a
+    while.
 
     pixels: uint8 [n, H, W, 3], the finished pictures; turns: int [n, h, w], the step in which each token was
     decoded; f: pixels a token. A token's pixels appear, as they are in the end, in the step that decoded it.
@@ -94,7 +99,7 @@ def parse_classes(words, class_names, number):
         elif word.isdecimal() and int(word) < number:
             classes.append(int(word))
         else:
-            names = f" or a name ({', '.join(class_names[:12])}{', ...' if len(class_names) > 12 else ''})" if class_names else ""
+            names = f" or a name ({', '.join(class_names[:10])} ...)" if class_names else ""
             raise ValueError(f"no class {word!r}: give a number from 0 to {number - 1}{names}")
     return classes
 
@@ -104,16 +109,16 @@ def main():
     parser.add_argument("--ckpt", default=common.CHECKPOINTS / "randar_toy.pt",
                         help="weights of train.py or released ones (default: the toy model that ships)")
     parser.add_argument("--tokenizer", help="default: tokenizer.pt beside the checkpoint")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="numbers or names (default: ten of all)")
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="numbers or names (default: ten)")
     parser.add_argument("--number", type=int, help="pictures in all (default: 8 of each class)")
-    parser.add_argument("--steps", type=int, help="decoding steps, -1: one token each (default: 88 per 256 tokens)")
+    parser.add_argument("--steps", type=int, help="of decoding, -1: one a token (default: 88 per 256 tokens)")
     parser.add_argument("--order", default="random", help=f"one of {', '.join(ORDERS)} (default: random)")
     parser.add_argument("--cfg", nargs=2, type=float, default=(1.0, 4.0), metavar=("START", "END"),
                         help="classifier-free guidance, rising from START to END (default: 1 4)")
-    parser.add_argument("--scg", type=float, default=1.0, help="spatial contextual guidance (default: 1, none)")
+    parser.add_argument("--scg", type=float, default=1.0, help="spatial contextual guidance (default: 1)")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0, help="only the k most likely tokens (default: 0, all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="only the most likely tokens, of this probability")
+    parser.add_argument("--top-k", type=int, default=0, help="the k most likely tokens only (default: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="the likeliest tokens of this probability")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     parser.add_argument("--out", default="samples.png", help="the picture to write (default: samples.png)")
@@ -123,10 +128,11 @@ def main():
         device = common.pick_device(args.device)
         common.writable_folder(pathlib.Path(args.out).parent)
         model = load_randar(args.ckpt, device)
-        tokenizer = load_tokenizer(args.tokenizer or pathlib.Path(args.ckpt).with_name("tokenizer.pt"), device)
+        beside = pathlib.Path(args.ckpt).with_name("tokenizer.pt")
+        tokenizer = load_tokenizer(args.tokenizer or beside, device)
         if tokenizer.config.codes != model.config.vocab_size:
-            raise ValueError(f"{args.ckpt} writes {model.config.vocab_size} different tokens, the tokenizer knows "
-                             f"{tokenizer.config.codes}: give --tokenizer the one it was trained with")
+            raise ValueError(f"{args.ckpt} knows {model.config.vocab_size} codes, the tokenizer has "
+                             f"{tokenizer.config.codes}: give --tokenizer the one that it was trained with")
         names = model.class_names
         if args.classes:
             chosen = parse_classes(args.classes, names, model.config.num_classes)
@@ -136,13 +142,13 @@ def main():
         if number < 1:
             raise ValueError(f"--number must be at least 1, not {number}")
         classes = sorted((chosen[i % len(chosen)] for i in range(number)), key=chosen.index)
-        steps = args.steps or (decoding_steps(model.config.grid) if args.steps is None else args.steps)
-        used = len(step_sizes(math.prod(model.config.grid), steps))
-        images, turns = sample_images(
-            model, tokenizer, classes, args.seed, order=args.order, steps=steps, cfg=tuple(args.cfg), scg=args.scg,
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        steps = decoding_steps(model.config.grid) if args.steps is None else args.steps
+        images, turns = sample_images(model, tokenizer, classes, args.seed, order=args.order, steps=steps,
+                                      cfg=args.cfg, scg=args.scg, temperature=args.temperature,
+                                      top_k=args.top_k, top_p=args.top_p)
         pixels = common.to_uint8(images)
-        title = f"{used} steps, order {args.order}, cfg {args.cfg[0]:g} to {args.cfg[1]:g}, scg {args.scg:g}, seed {args.seed}"
+        title = (f"{turns.max() + 1} steps, order {args.order}, cfg {args.cfg[0]:g} to {args.cfg[1]:g}, "
+                 f"scg {args.scg:g}, seed {args.seed}")
         common.save_picture(draw_grid(pixels, classes, names, title), args.out)
         print(f"wrote {args.out}: {number} pictures; {title}")
         if args.gif:

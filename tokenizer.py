@@ -11,7 +11,7 @@ codes. The number of the code is the token.
     train_tokenizer     how a tokenizer learns
 
     python tokenizer.py train   [--data DIR]             on the toy world, or on a folder of class folders
-    python tokenizer.py encode  --images DIR --out DIR   a folder of class folders -> the tokens train.py reads
+    python tokenizer.py encode  --images DIR --out DIR   a folder of class folders -> a folder of tokens
 """
 
 import math
@@ -60,7 +60,7 @@ def group_norm(channels):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1 x 1 convolution on x where its channels change."""
+    """x + conv(swish(norm(conv(swish(norm(x)))))); a 1 x 1 convolution on x where its channels change."""
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
@@ -202,7 +202,7 @@ class Codebook(nn.Module):
         return F.normalize(self.embedding(tokens), dim=-1)
 
     def nearest(self, z):
-        """Vectors [..., code_dim] -> tokens [...]: of unit vectors the nearest has the largest dot product."""
+        """Vectors [..., code_dim] -> tokens [...]: of unit vectors, the nearest has the largest product."""
         codes = F.normalize(self.embedding.weight.float(), dim=-1)  # float32: bfloat16 confuses neighbours
         return (F.normalize(z.float(), dim=-1) @ codes.T).argmax(-1)
 
@@ -263,7 +263,7 @@ class Tokenizer(nn.Module):
         """
         h, w = grid or (math.isqrt(tokens.shape[1]),) * 2
         if h * w != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fill a {h} x {w} grid: give the grid as (h, w)")
+            raise ValueError(f"{tokens.shape[1]} tokens do not fill {h} x {w}: give the grid as (h, w)")
         return self.paint(self.quantize.vectors(tokens.reshape(-1, h, w))).clamp(-1, 1)
 
 
@@ -297,7 +297,7 @@ def save_tokenizer(tokenizer, path):
 
 
 def psnr(images, reconstructions):
-    """Peak signal-to-noise ratio of each image in dB, [b]; both [b, 3, H, W] in [-1, 1]. 30 dB is faithful."""
+    """Peak signal-to-noise ratio of each image in dB, [b]; both [b, 3, H, W] in [-1, 1]."""
     error = ((images - reconstructions.clamp(-1, 1)) / 2).square().mean((1, 2, 3))  # of pixels in [0, 1]
     return -10 * error.clamp_min(1e-10).log10()
 
@@ -368,7 +368,7 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, de
                 tokenizer.train()
                 save_tokenizer(tokenizer, out)
             if step % 10 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.4f}, validation PSNR {quality:.2f} dB, {use:.0%} of codes")
+                bar.set_postfix_str(f"loss {loss.item():.4f}, PSNR {quality:.2f} dB, {use:.0%} of codes used")
     except KeyboardInterrupt:
         print(f"\nstopped after {step} of {steps} steps; what was learnt is in {out}")
         save_tokenizer(tokenizer, out)
@@ -377,16 +377,6 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, de
 
 # ------------------------------------------------------------------------------------------------------------
 # The two commands
-
-
-def load_pixels(paths, size):
-    """All images as one array, uint8 [n, size, size, 3]; the unreadable ones are named and left out."""
-    skipped = []
-    pixels = [batch for _, batch in tqdm(data.read_images(paths, size, 256, skipped), "reading", unit="batch")]
-    data.report_skipped(skipped)
-    if not pixels:
-        raise ValueError("none of the images is readable: give a folder of PNG or JPEG photographs")
-    return np.concatenate(pixels)
 
 
 def train_command(args):
@@ -398,7 +388,7 @@ def train_command(args):
         images, validation = toy.make(40_000, seed=1)[0], toy.make(1_000, seed=2)[0]
     else:
         paths, _, _ = data.list_images(args.data)
-        pixels = load_pixels(paths, config.image_size)
+        pixels = data.read_all(paths, config.image_size)
         held_out = np.zeros(len(pixels), bool)
         held_out[np.random.permutation(len(pixels))[: max(1, min(1000, len(pixels) // 20))]] = True
         images, validation = pixels[~held_out], pixels[held_out]
@@ -406,7 +396,8 @@ def train_command(args):
     quality, use = train_tokenizer(tokenizer, images, validation, args.steps, args.out, device=args.device)
     pictures = common.from_uint8(validation[:30]).to(args.device)
     grid = [config.image_size // config.downsampling] * 2
-    pairs = np.stack([validation[:30], common.to_uint8(tokenizer.decode(tokenizer.encode(pictures), grid))], 1)
+    painted = common.to_uint8(tokenizer.decode(tokenizer.encode(pictures), grid))
+    pairs = np.stack([validation[:30], painted], axis=1)
     picture = pathlib.Path(args.out).with_suffix(".png")
     common.save_picture(common.picture_grid(pairs.reshape(-1, *validation.shape[1:]), [""] * 5,
                                             f"image, reconstruction: {quality:.1f} dB on average"), picture)
@@ -418,10 +409,11 @@ def encode_command(args):
     paths, labels, class_names = data.list_images(args.images)
     size, skipped = args.image_size or tokenizer.config.image_size, []
     batches = data.read_images(paths, size, skipped=skipped)
-    data.encode_images(batches, len(paths), labels, class_names, tokenizer, args.tokenizer, args.out, size, args.crops)
+    data.encode_images(batches, len(paths), labels, class_names, tokenizer, args.tokenizer, args.out, size,
+                       args.crops)
     data.report_skipped(skipped)
     folder = data.TokenFolder(args.out)
-    print(f"wrote {args.out}: {len(folder)} images of {len(class_names)} classes, {folder.tokens.shape[1]} crops each, "
+    print(f"wrote {args.out}: {len(folder)} images of {len(class_names)} classes, {args.crops} crops each, "
           f"{folder.grid[0]} x {folder.grid[1]} tokens")
 
 
@@ -431,16 +423,16 @@ def main():
     train = commands.add_parser("train", help="train a small tokenizer, on the toy world or on --data")
     train.add_argument("--data", help="a folder of class folders of images (default: the toy world)")
     train.add_argument("--steps", type=int, default=3500, help="optimiser steps (default: 3500)")
-    train.add_argument("--out", default="out/tokenizer.pt", help="the file to write (default: out/tokenizer.pt)")
+    train.add_argument("--out", default="out/tokenizer.pt", help="file to write (default: out/tokenizer.pt)")
     train.add_argument("--seed", type=int, default=0)
     encode = commands.add_parser("encode", help="turn a folder of images into a folder of tokens")
     encode.add_argument("--images", required=True, help="a folder of class folders of images")
     encode.add_argument("--out", required=True, help="the token folder to write")
-    encode.add_argument("--tokenizer", default=common.CHECKPOINTS / "tokenizer.pt", help="default: the toy world's")
+    encode.add_argument("--tokenizer", default=common.CHECKPOINTS / "tokenizer.pt", help="default: the toy's")
     encode.add_argument("--crops", type=int, choices=(1, 2), default=2,
                         help="1: the centre of each image, 2: and its mirror image (default: 2)")
     for command in (train, encode):
-        command.add_argument("--image-size", type=int, help="pixels (default: what the tokenizer was made for)")
+        command.add_argument("--image-size", type=int, help="pixels (default: the tokenizer's own)")
         command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     args = parser.parse_args()
     with common.one_line_errors():

@@ -5,7 +5,7 @@ With no argument: the smallest model on the toy world, pictures within minutes. 
 
     RECIPES, learning_rate, make_optimizer    what the paper fixed
     open_tokens                               the data: the toy world, a token folder, or a folder of images
-    Pictures                                  loss curve and sample grid, renewed as the training goes on
+    draw_loss, draw_samples                   what people watch while it trains
     train                                     the loop
 
     out/randar.pt      the weights, for sample.py      out/samples.png   what the model draws now
@@ -18,6 +18,7 @@ import math
 import pathlib
 import shutil
 import time
+from dataclasses import asdict
 
 import matplotlib
 import torch
@@ -63,8 +64,8 @@ def make_optimizer(model, peak):
 def open_tokens(path, tokenizer_path, out, device):
     """The TokenFolder to train on, and the path of the tokenizer that made it.
 
-    path: a token folder, a folder of class folders of images (turned into tokens in out/tokens first), or None
-    for the toy world. Raises FileNotFoundError or ValueError where there is nothing to train on.
+    path: a token folder, a folder of class folders of images (turned into tokens in out/tokens first), or
+    None for the toy world. Raises FileNotFoundError or ValueError where there is nothing to train on.
     """
     encoded = out / "tokens"
     is_tokens = path is not None and (pathlib.Path(path) / "meta.json").is_file()
@@ -79,8 +80,8 @@ def open_tokens(path, tokenizer_path, out, device):
         else:
             paths, labels, names = data.list_images(path)
             if tokenizer_path is None:
-                raise ValueError(f"{path} holds images: give the --tokenizer that shall turn them into tokens "
-                                 "(python tokenizer.py train makes one)")
+                raise ValueError(f"{path} holds images: give the --tokenizer that shall turn them into "
+                                 "tokens (python tokenizer.py train makes one)")
             tokenizer, skipped = load_tokenizer(tokenizer_path, device), []
             size = tokenizer.config.image_size
             data.encode_images(data.read_images(paths, size, skipped=skipped), len(paths), labels, names,
@@ -97,36 +98,30 @@ def open_tokens(path, tokenizer_path, out, device):
 # What people watch
 
 
-class Pictures:
-    """Renews the loss curve and a grid of samples: the same classes, orders and random numbers every time."""
+def draw_loss(log, path):
+    """The loss curve, from the lines of the log."""
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    axes.plot([line["step"] for line in log], [line["loss"] for line in log], color="black", linewidth=1.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats a token")
+    axes.set_title(f"RandAR, {log[-1]['images']:,} images seen: loss {log[-1]['loss']:.3f}")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    common.write_safely(path, lambda partial: figure.savefig(partial, format="png"))
+    pyplot.close(figure)
 
-    def __init__(self, model, tokens, tokenizer, out, seed):
-        self.model, self.tokenizer, self.out, self.seed = model, tokenizer, out, seed
-        self.class_names = tokens.class_names
-        self.classes = spread_classes(range(len(self.class_names)), rows=10, columns=8)
 
-    def samples(self, title):
-        device = next(self.model.parameters()).device
-        self.model.eval()
-        generator = torch.Generator(device).manual_seed(self.seed)
-        classes = self.classes.to(device)
-        steps = decoding_steps(self.model.config.grid)
-        images = self.tokenizer.decode(self.model.generate(classes, steps=steps, generator=generator),
-                                       self.model.config.grid)
-        self.model.train()
-        sheet = draw_grid(common.to_uint8(images), self.classes.tolist(), self.class_names, title)
-        common.save_picture(sheet, self.out / "samples.png")
-
-    def loss_curve(self, log):
-        figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-        axes.plot([line["step"] for line in log], [line["loss"] for line in log], color="black", linewidth=1.2)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss, nats a token")
-        axes.set_title(f"RandAR, {log[-1]['images']:,} images seen: loss {log[-1]['loss']:.3f}")
-        axes.grid(alpha=0.3)
-        figure.tight_layout()
-        common.write_safely(self.out / "loss.png", lambda path: figure.savefig(path, format="png"))
-        pyplot.close(figure)
+def draw_samples(model, tokenizer, class_names, seed, title, path):
+    """Eight samples of ten classes; every time the same classes, orders and random numbers, to compare."""
+    device = next(model.parameters()).device
+    grid = model.config.grid
+    classes = spread_classes(range(len(class_names)), rows=10, columns=8)
+    model.eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = model.generate(classes.to(device), steps=decoding_steps(grid), generator=generator)
+    model.train()
+    pixels = common.to_uint8(tokenizer.decode(tokens, grid))
+    common.save_picture(draw_grid(pixels, classes.tolist(), class_names, title), path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -134,13 +129,14 @@ class Pictures:
 
 
 def train(args):
+    """Train as the command line says; see main. Writes the files that the top of this file lists."""
     out = common.writable_folder(args.out)
     device = common.pick_device(args.device)
     tokens, tokenizer_path = open_tokens(args.data, args.tokenizer, out, device)
     tokenizer = load_tokenizer(tokenizer_path, device)
     if tokenizer.config.codes != tokens.codes:
-        raise ValueError(f"{tokenizer_path} has {tokenizer.config.codes} codes, the tokens in {args.data} have "
-                         f"{tokens.codes}: give --tokenizer the one that made them")
+        raise ValueError(f"{tokenizer_path} has {tokenizer.config.codes} codes, but the tokens were made "
+                         f"with {tokens.codes}: give --tokenizer the one that made them")
     if tokenizer_path.resolve() != (out / "tokenizer.pt").resolve():
         common.write_safely(out / "tokenizer.pt", lambda partial: shutil.copy(tokenizer_path, partial))
 
@@ -151,102 +147,103 @@ def train(args):
     first, log = 0, []
     if args.resume:
         saved = common.load(out / "training.pt", device)
-        if saved["config"] != vars(config):
-            raise ValueError(f"{out}/training.pt is a model of {saved['config']}, but the arguments ask for "
-                             f"{vars(config)}: resume with the --size and --data it was started with")
+        if saved["config"] != asdict(config):
+            raise ValueError(f"{out}/training.pt is not a --size {args.size} model of these tokens: "
+                             "resume with the --size and --data that it was started with")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first, log = saved["step"], saved["log"]
+    if first >= args.steps:
+        raise ValueError(f"{out} holds {first} steps already: ask for more with --steps")
 
     def save(step):
-        settings = {name: value if value is None else str(value) for name, value in vars(args).items()}
+        settings = {name: str(value) for name, value in vars(args).items() if value is not None}
+        del settings["resume"], settings["out"]
         save_randar(model, out / "training.pt", optimizer=optimizer.state_dict(), step=step, log=log,
                     settings=settings, class_names=tokens.class_names)
         save_randar(model, out / "randar.pt", half=True, class_names=tokens.class_names, step=step)
         lines = "".join(json.dumps(line) + "\n" for line in log)
         common.write_safely(out / "log.jsonl", lambda partial: partial.write_text(lines))
 
-    # bf16 needs no loss scaling; the weights, and AdamW's averages, stay in float32.
+    # bfloat16 has the range of float32, so the loss needs no scaling; weights and averages stay in float32.
     precision = common.fast_precision(device)
     autocast = torch.autocast(device.type, precision, enabled=precision is not torch.float32)
     loss_function = torch.compile(model.loss) if common.can_compile(device) else model.loss
-    pictures = Pictures(model, tokens, tokenizer, out, args.seed)
+    print(f"RandAR-{args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+          f"on {len(tokens):,} images of {tokens.grid[0]} x {tokens.grid[1]} tokens. "
+          f"The first step compiles, up to a minute. Pictures appear in {out}.")
     stop = common.stop_at_signal()
-    count = sum(p.numel() for p in model.parameters())
-    print(f"RandAR-{args.size}, {count / 1e6:.1f}M parameters, on {len(tokens):,} images of {tokens.grid[0]} x "
-          f"{tokens.grid[1]} tokens; pictures in {out}/. The first step compiles: up to a minute.")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
-    recent, seconds = [], time.time()
-    step = first
+    losses, since = [], time.time()
     for step in bar:
-        # All randomness of a step (orders, dropouts) follows from its number: a resumed training repeats it.
+        # All that is random in a step (orders, dropout) follows from its number, so that a resumed training
+        # goes on exactly as it would have.
         torch.manual_seed(args.seed * 1_000_003 + step)
         rate = learning_rate(step, args.steps, args.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch, classes = (x.to(device) for x in tokens.batch(step, args.batch_size, args.seed))
-        total = 0.0
         for part, part_classes in zip(batch.split(args.micro_batch), classes.split(args.micro_batch)):
             with autocast:
-                loss = loss_function(part, part_classes)
-            loss = loss * (len(part) / len(batch))  # gradients add up to those of the whole batch
-            loss.backward()
-            total += loss.detach()
+                loss = loss_function(part, part_classes) * (len(part) / len(batch))
+            loss.backward()  # the gradients of the parts add up to those of the whole batch
+            losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        recent.append(total)
 
         done = step + 1
-        if done % args.report == 0 or done == args.steps:
-            loss = torch.stack(recent).mean().item()
-            speed = len(recent) * args.batch_size / (time.time() - seconds)
-            log.append({"step": done, "images": done * args.batch_size, "loss": round(loss, 5),
-                        "learning_rate": rate, "images_per_second": round(speed, 2)})
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {speed:.0f} images/s")
-            recent = []
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {done}: lower --learning-rate and --resume")
-        if done % args.picture_every == 0 or done == args.steps:
-            save(done)
-            pictures.loss_curve(log or [{"step": done, "images": 0, "loss": float("nan")}])
-            pictures.samples(f"RandAR-{args.size}, step {done:,}, loss {log[-1]['loss']:.3f}" if log else "")
-        if not recent:
-            seconds = time.time()
+        pause = bool(stop) or done == args.steps or done % args.picture_every == 0
+        if pause or done % args.report == 0:
+            steps_since = done - (log[-1]["step"] if log else 0)
+            mean_loss = (torch.stack(losses).sum() / steps_since).item()
+            speed = steps_since * args.batch_size / (time.time() - since)
+            log.append({"step": done, "images": done * args.batch_size, "loss": round(mean_loss, 5),
+                        "learning_rate": rate, "images_per_second": round(speed, 1)})
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {rate:.1e}, {speed:.0f} images/s")
+            if not math.isfinite(mean_loss):
+                raise ValueError(f"the loss is {mean_loss} at step {done}: lower --learning-rate")
+            if pause:
+                save(done)
+                draw_loss(log, out / "loss.png")
+            if pause and not stop:
+                title = f"RandAR-{args.size}, step {done:,}, loss {mean_loss:.3f}"
+                draw_samples(model, tokenizer, tokens.class_names, args.seed, title, out / "samples.png")
+            losses, since = [], time.time()
         if stop:
-            save(done)
-            print(f"\nsaved at step {done:,}; to go on: python train.py --resume --out {args.out}")
+            bar.close()
+            print(f"saved step {done:,}; to go on: python train.py --resume --out {args.out}")
             raise KeyboardInterrupt
-    print(f"done: loss {log[-1]['loss']:.3f}" if log else f"nothing left to do: {first:,} steps are done")
-    print(f"pictures: {out}/samples.png, {out}/loss.png; draw more: python sample.py --ckpt {out}/randar.pt")
+    print(f"loss {log[-1]['loss']:.3f}; see {out}/samples.png and {out}/loss.png; "
+          f"for more pictures: python sample.py --ckpt {out}/randar.pt")
 
 
 def main():
     parser = common.command_line(__doc__)
     parser.add_argument("--size", default="toy", choices=SIZES, help="of the model (default: toy)")
-    parser.add_argument("--data", help="a token folder, or a folder of class folders of images (default: the toy world)")
-    parser.add_argument("--tokenizer", help="default: the one that made the tokens; for the toy world, ours")
-    parser.add_argument("--out", default="out", help="a folder for weights and pictures (default: out)")
-    parser.add_argument("--resume", action="store_true", help="go on with the training in --out, with its settings")
+    parser.add_argument("--data", help="token folder or folder of class folders (default: the toy world)")
+    parser.add_argument("--tokenizer", help="default: what made the tokens; for the toy world, ours")
+    parser.add_argument("--out", default="out", help="folder for weights and pictures (default: out)")
+    parser.add_argument("--resume", action="store_true", help="go on with the training in --out")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     parser.add_argument("--batch-size", type=int, help="images a step (default: the recipe's)")
-    parser.add_argument("--micro-batch", type=int, default=64, help="images at a time, as memory allows (default: 64)")
+    parser.add_argument("--micro-batch", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--learning-rate", type=float, help="at its peak (default: the recipe's)")
-    parser.add_argument("--report", type=int, default=20, help="steps between two lines of the log (default: 20)")
+    parser.add_argument("--report", type=int, default=20, help="steps to a line of the log (default: 20)")
     parser.add_argument("--picture-every", type=int, default=250, metavar="STEPS",
-                        help="steps between two savings and renewals of the pictures (default: 250)")
+                        help="steps to a checkpoint and new pictures (default: 250)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     args = parser.parse_args()
     with common.one_line_errors():
         state = pathlib.Path(args.out) / "training.pt"
         if args.resume:
-            # The settings of the start are the defaults now; --steps, say, can still be given anew.
+            # The settings of the start are the defaults now, so that --steps, say, can still be given anew.
             parser.set_defaults(**common.load(state).get("settings", {}))
             args = parser.parse_args()
         elif state.exists():
-            raise ValueError(f"{args.out} already holds a training: add --resume to go on with it, "
-                             "or give another folder with --out")
+            raise ValueError(f"{args.out} holds a training already: add --resume to go on with it, or give "
+                             "another folder with --out")
         for name, value in RECIPES[args.size].items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
