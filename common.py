@@ -120,10 +120,13 @@ def write_safely(path, write):
 def writable_folder(path):
     """The folder `path`, made where it is missing. Raises OSError *before* hours of work, not after."""
     path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / ".writable"
-    probe.touch()
-    probe.unlink()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write into {path} ({error.strerror}): give another place, --out") from None
     return path
 
 
@@ -196,10 +199,16 @@ def picture_grid(pixels, row_labels, title=""):
     return sheet
 
 
+def picture_format(path):
+    """The format that a picture's name asks for. Raises ValueError for one that we do not write."""
+    kinds = {"": "png", ".png": "png", ".gif": "gif", ".jpg": "jpeg", ".jpeg": "jpeg"}
+    kind = kinds.get(pathlib.Path(path).suffix.lower())
+    if kind is None or pathlib.Path(path).is_dir():
+        raise ValueError(f"cannot write a picture as {path}: give a name that ends in .png or .gif")
+    return kind
+
+
 def save_picture(picture, path, **options):
     """Write a PIL image as a PNG (or GIF, with its options), safely."""
-    kind = pathlib.Path(path).suffix.lstrip(".").lower() or "png"
-    if kind not in ("png", "gif", "jpg", "jpeg"):
-        raise ValueError(f"cannot write a picture as {path}: end its name in .png or .gif")
-    kind = "jpeg" if kind == "jpg" else kind
+    kind = picture_format(path)
     write_safely(path, lambda partial: picture.save(partial, format=kind, **options))

@@ -5,7 +5,7 @@ training, so that training never waits for a JPEG. A *token folder* holds
 
     tokens.npy   uint16 [n, crops, N], N tokens in raster order for each crop of each image
     labels.npy   int64 [n], the class of each image
-    meta.json    {"grid": [h, w], "codes": V, "classes": [names], "tokenizer": path}
+    meta.json    {"grid": [h, w], "codes": V, "classes": [names], "tokenizer": path, "images": path}
 
     list_images, read_images, read_all   from files to pixels; damaged files are skipped and named
     encode_images                        from pixels to a token folder
@@ -116,18 +116,18 @@ def report_skipped(skipped):
 # From images to tokens
 
 
-def encode_images(batches, number, labels, class_names, tokenizer, tokenizer_path, out, size, crops=2):
+def encode_images(batches, labels, class_names, source, tokenizer, tokenizer_path, out, size, crops=2):
     """Turn images into a token folder.
 
     batches: yields (indices, uint8 [n, size, size, 3]), as read_images does; images that never come are left
-    out;
-    number: of images at most; labels: class of each; crops: 1, the image as it is, or 2, and its mirror
-    image. The files get their names when all is done, meta.json last: a token folder is never half-written.
+    out. labels: the class of each image; source: where they come from, a path; crops: 1, the image as it is,
+    or 2, and its mirror image. The files get their names when all is done, meta.json last: a token folder is
+    never half-written.
     """
-    f = tokenizer.config.downsampling
-    if size % f:
+    f, number = tokenizer.config.downsampling, len(labels)
+    if size < f or size % f:
         raise ValueError(f"image size {size} is not a multiple of {f}, the tokenizer's pixels per token: "
-                         f"try {size // f * f or f}")
+                         f"try {max(size // f * f, f)}")
     out = common.writable_folder(out)
     device = next(tokenizer.parameters()).device
     grid = [size // f, size // f]
@@ -145,6 +145,7 @@ def encode_images(batches, number, labels, class_names, tokenizer, tokenizer_pat
                 bar.update(len(indices))
         if not found.any():
             raise ValueError(NOTHING_READABLE)
+        (out / "meta.json").unlink(missing_ok=True)  # of what is replaced now
         if found.all():
             tokens.flush()
             os.replace(partial, out / "tokens.npy")
@@ -154,7 +155,7 @@ def encode_images(batches, number, labels, class_names, tokenizer, tokenizer_pat
     finally:
         partial.unlink(missing_ok=True)
     meta = {"grid": grid, "codes": tokenizer.config.codes, "classes": class_names,
-            "tokenizer": str(pathlib.Path(tokenizer_path).resolve())}
+            "tokenizer": str(pathlib.Path(tokenizer_path).resolve()), "images": str(source)}
     common.write_safely(out / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
 
 
@@ -172,9 +173,9 @@ def write_array(path, array):
 class TokenFolder:
     """A token folder, memory-mapped: only the rows of a batch are read.
 
-    Attributes: tokens uint16 [n, crops, N], labels int64 [n], grid (h, w), codes, class_names, tokenizer (a
-    path). Raises FileNotFoundError or ValueError where the folder is none, or its parts contradict each
-    other.
+    Attributes: tokens uint16 [n, crops, N], labels int64 [n], grid (h, w), codes, class_names, tokenizer and
+    source (paths). Raises FileNotFoundError or ValueError where the folder is none, or its parts contradict
+    each other.
     """
 
     def __init__(self, folder):
@@ -187,14 +188,17 @@ class TokenFolder:
             meta = json.loads((folder / "meta.json").read_text())
             self.grid, self.codes = tuple(meta["grid"]), meta["codes"]
             self.class_names, self.tokenizer = meta["classes"], meta["tokenizer"]
+            self.source = meta.get("images")
             self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
             self.labels = np.load(folder / "labels.npy")
-        except (KeyError, ValueError, EOFError) as error:
+            damaged = self.labels.min() < 0 or self.labels.max() >= len(self.class_names)
+        except (KeyError, TypeError, AttributeError, ValueError, EOFError) as error:
             raise ValueError(f"{folder} is damaged ({error}): encode the images again") from None
         shape = self.tokens.shape
-        if len(shape) != 3 or shape[0] != len(self.labels) or shape[2] != math.prod(self.grid):
-            raise ValueError(f"{folder} contradicts itself: tokens {list(shape)}, {len(self.labels)} labels, "
-                             f"grid {list(self.grid)}: encode the images again")
+        if len(shape) != 3 or shape[0] != len(self.labels) or shape[2] != math.prod(self.grid) or damaged:
+            raise ValueError(f"{folder} contradicts itself: tokens {list(shape)}, {len(self.labels)} labels "
+                             f"of {len(self.class_names)} classes, grid {list(self.grid)}: encode the images "
+                             "again")
 
     def __len__(self):
         return len(self.tokens)

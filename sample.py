@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import common
 import toy
-from randar import ORDERS, generation_order, load_randar
+from randar import ORDERS, check_sampling, generation_order, load_randar, step_sizes
 from tokenizer import load_tokenizer
 
 UNDECODED = 200  # the grey of places that are not decoded yet
@@ -54,14 +54,15 @@ def draw_gif(pixels, turns, f, path, seconds=4.0):
     pixels: uint8 [n, H, W, 3], the finished pictures; turns: int [n, h, w], the step in which each token was
     decoded; f: pixels a token. A token's pixels appear, as they are in the end, in the step that decoded it.
     """
-    steps = int(turns.max()) + 1
+    steps, tokens = int(turns.max()) + 1, turns[0].size
     shown = np.stack([np.kron(turns, np.ones((1, f, f), turns.dtype)) < step for step in range(steps + 1)])
     columns = math.ceil(math.sqrt(len(pixels) * 2))
     frames = []
-    for mask in shown:
+    for step, mask in enumerate(shown):
         cells = np.where(mask[..., None], pixels, np.uint8(UNDECODED))
         cells = np.concatenate([cells, np.full((-len(cells) % columns, *cells.shape[1:]), 255, np.uint8)])
-        frames.append(common.picture_grid(cells, [""] * (len(cells) // columns)))
+        title = f"step {step} of {steps}: {(turns[0] < step).sum()} of {tokens} tokens"
+        frames.append(common.picture_grid(cells, [""] * (len(cells) // columns), title))
     durations = [int(1000 * seconds / steps)] * steps + [2000]
     common.save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
@@ -126,7 +127,7 @@ def main():
     args = parser.parse_args()
     with common.one_line_errors():
         device = common.pick_device(args.device)
-        common.writable_folder(pathlib.Path(args.out).parent)
+        common.picture_format(args.out)
         model = load_randar(args.ckpt, device)
         beside = pathlib.Path(args.ckpt).with_name("tokenizer.pt")
         tokenizer = load_tokenizer(args.tokenizer or beside, device)
@@ -143,6 +144,11 @@ def main():
             raise ValueError(f"--number must be at least 1, not {number}")
         classes = sorted((chosen[i % len(chosen)] for i in range(number)), key=chosen.index)
         steps = decoding_steps(model.config.grid) if args.steps is None else args.steps
+        # All that can be wrong is found before anything is drawn or written: each of these raises ValueError.
+        step_sizes(math.prod(model.config.grid), steps)
+        generation_order(args.order, 1, model.config.grid)
+        check_sampling(args.cfg, args.temperature, args.top_k, args.top_p)
+        common.writable_folder(pathlib.Path(args.out).parent)
         images, turns = sample_images(model, tokenizer, classes, args.seed, order=args.order, steps=steps,
                                       cfg=args.cfg, scg=args.scg, temperature=args.temperature,
                                       top_k=args.top_k, top_p=args.top_p)

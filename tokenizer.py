@@ -212,8 +212,7 @@ class Codebook(nn.Module):
         z, codes = F.normalize(z, dim=-1), self.vectors(tokens)
         codebook_loss = (codes - z.detach()).square().mean()  # moves codes to the vectors they stand for
         commitment_loss = (codes.detach() - z).square().mean()  # keeps the encoder near the codes it chose
-        # Straight through: forwards it is the code, backwards it is as if nothing had been rounded (z takes
-        # the gradient).
+        # Straight through: forwards it is the code, backwards it is as if nothing had been rounded.
         return z + (codes - z).detach(), tokens, codebook_loss, commitment_loss
 
 
@@ -256,10 +255,9 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens, grid=None):
-        """Tokens [b, N] in raster order -> images [b, 3, H, W] in [-1, 1]. grid: (h, w) where it is not
-        square.
+        """Tokens [b, N] in raster order -> images [b, 3, H, W] in [-1, 1].
 
-        Raises ValueError where N does not fill the grid.
+        grid: (h, w) where it is not square. Raises ValueError where N does not fill the grid.
         """
         h, w = grid or (math.isqrt(tokens.shape[1]),) * 2
         if h * w != tokens.shape[1]:
@@ -276,13 +274,13 @@ def load_tokenizer(path, device="cpu"):
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or "quantize.embedding.weight" not in state:
         raise ValueError(f"{path} holds no tokenizer: give a file that python tokenizer.py train made")
-    config = TokenizerConfig(**content["config"]) if "config" in content else LLAMAGEN_VQ16
-    tokenizer = Tokenizer(config)
     state = {name: x for name, x in state.items() if name != "quantize.codebook_used"}  # only bookkeeping
     try:
+        tokenizer = Tokenizer(TokenizerConfig(**content["config"]) if "config" in content else LLAMAGEN_VQ16)
         tokenizer.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its tokenizer: {str(error).splitlines()[1].strip()}") from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()[:150]  # torch names every parameter, one will do
+        raise ValueError(f"{path} does not fit its tokenizer ({reason}): give another one") from None
     return tokenizer.eval().to(device)
 
 
@@ -316,8 +314,7 @@ def measure(tokenizer, images):
 
 @torch.no_grad()
 def reseed_dead_codes(tokenizer, latents, used):
-    """Move every code that nobody chose lately onto a vector that the encoder does produce, and so back to
-    life.
+    """Move every code that nobody chose lately onto a vector that the encoder does produce.
 
     latents: [n, code_dim] of the current batch; used: bool [codes].
     """
@@ -342,7 +339,7 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, de
         optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / steps)))
     used = torch.zeros(tokenizer.config.codes, dtype=torch.bool, device=device)
     validation = common.from_uint8(validation).to(device)
-    quality, use = 0.0, 0.0
+    quality, use, measured = 0.0, 0.0, ""
     bar = tqdm(range(steps), desc="tokenizer", unit="step", dynamic_ncols=True)
     try:
         for step in bar:
@@ -365,10 +362,11 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, de
             if step % 250 == 249 or step == steps - 1:
                 tokenizer.eval()
                 quality, use = measure(tokenizer, validation)
+                measured = f", validation: PSNR {quality:.2f} dB, {use:.0%} of codes used"
                 tokenizer.train()
                 save_tokenizer(tokenizer, out)
             if step % 10 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.4f}, PSNR {quality:.2f} dB, {use:.0%} of codes used")
+                bar.set_postfix_str(f"loss {loss.item():.4f}{measured}")
     except KeyboardInterrupt:
         print(f"\nstopped after {step} of {steps} steps; what was learnt is in {out}")
         save_tokenizer(tokenizer, out)
@@ -382,25 +380,30 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, de
 def train_command(args):
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
-    config = TokenizerConfig(image_size=args.image_size or 32)
+    config = TokenizerConfig(image_size=args.image_size or toy.SIDE)
+    size, f = config.image_size, config.downsampling
+    if size < f or size % f or (args.data is None and size != toy.SIDE):
+        raise ValueError(f"--image-size must be a multiple of {f}, in the toy world {toy.SIDE}, not {size}")
+    paths = data.list_images(args.data)[0] if args.data else []
     common.writable_folder(pathlib.Path(args.out).parent)
     if args.data is None:
         images, validation = toy.make(40_000, seed=1)[0], toy.make(1_000, seed=2)[0]
     else:
-        paths, _, _ = data.list_images(args.data)
         pixels = data.read_all(paths, config.image_size)
+        if len(pixels) < 2:
+            raise ValueError(f"{args.data} has one readable image: one to learn from and one to validate on, "
+                             "at least, are needed")
         held_out = np.zeros(len(pixels), bool)
         held_out[np.random.permutation(len(pixels))[: max(1, min(1000, len(pixels) // 20))]] = True
         images, validation = pixels[~held_out], pixels[held_out]
     tokenizer = Tokenizer(config)
     quality, use = train_tokenizer(tokenizer, images, validation, args.steps, args.out, device=args.device)
-    pictures = common.from_uint8(validation[:30]).to(args.device)
-    grid = [config.image_size // config.downsampling] * 2
-    painted = common.to_uint8(tokenizer.decode(tokenizer.encode(pictures), grid))
-    pairs = np.stack([validation[:30], painted], axis=1)
+    shown = validation[np.linspace(0, len(validation) - 1, 30 if len(validation) >= 30 else 6).astype(int)]
+    painted = tokenizer.decode(tokenizer.encode(common.from_uint8(shown).to(args.device)))
+    pairs = np.stack([shown, common.to_uint8(painted)], axis=1).reshape(-1, *shown.shape[1:])
+    title = f"image, reconstruction: {quality:.1f} dB on average"
     picture = pathlib.Path(args.out).with_suffix(".png")
-    common.save_picture(common.picture_grid(pairs.reshape(-1, *validation.shape[1:]), [""] * 5,
-                                            f"image, reconstruction: {quality:.1f} dB on average"), picture)
+    common.save_picture(common.picture_grid(pairs, [""] * (len(shown) // 6), title), picture)  # six pairs a row
     print(f"validation PSNR {quality:.2f} dB, {use:.1%} of the codes in use; wrote {args.out} and {picture}")
 
 
@@ -409,8 +412,8 @@ def encode_command(args):
     paths, labels, class_names = data.list_images(args.images)
     size, skipped = args.image_size or tokenizer.config.image_size, []
     batches = data.read_images(paths, size, skipped=skipped)
-    data.encode_images(batches, len(paths), labels, class_names, tokenizer, args.tokenizer, args.out, size,
-                       args.crops)
+    data.encode_images(batches, labels, class_names, pathlib.Path(args.images).resolve(), tokenizer,
+                       args.tokenizer, args.out, size, args.crops)
     data.report_skipped(skipped)
     folder = data.TokenFolder(args.out)
     print(f"wrote {args.out}: {len(folder)} images of {len(class_names)} classes, {args.crops} crops each, "

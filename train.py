@@ -37,8 +37,8 @@ from matplotlib import pyplot  # noqa: E402  (after the choice of a backend that
 # ------------------------------------------------------------------------------------------------------------
 # The recipe (Sec. 4.1)
 
-RECIPES = {name: dict(steps=360_000, batch_size=1024, learning_rate=4e-4) for name in SIZES}
-RECIPES["toy"] = dict(steps=2500, batch_size=64, learning_rate=3e-3)  # ten minutes on two CPU cores
+RECIPES = {name: dict(steps=360_000, batch_size=1024, micro_batch=32, learning_rate=4e-4) for name in SIZES}
+RECIPES["toy"] = dict(steps=1500, batch_size=64, micro_batch=64, learning_rate=3e-3)  # for a laptop
 LAST_LEARNING_RATE = 1e-5
 TOY_IMAGES = 40_000
 
@@ -67,31 +67,37 @@ def open_tokens(path, tokenizer_path, out, device):
     path: a token folder, a folder of class folders of images (turned into tokens in out/tokens first), or
     None for the toy world. Raises FileNotFoundError or ValueError where there is nothing to train on.
     """
+    if path is not None and (pathlib.Path(path) / "meta.json").is_file():
+        tokens = data.TokenFolder(path)
+        return tokens, pathlib.Path(tokenizer_path or tokens.tokenizer)
     encoded = out / "tokens"
-    is_tokens = path is not None and (pathlib.Path(path) / "meta.json").is_file()
-    if not is_tokens and not (encoded / "meta.json").is_file():
-        if path is None:
-            tokenizer_path = tokenizer_path or common.CHECKPOINTS / "tokenizer.pt"
-            tokenizer = load_tokenizer(tokenizer_path, device)
-            images, labels, _ = toy.make(TOY_IMAGES, seed=0)
-            batches = ((range(i, i + 250), images[i : i + 250]) for i in range(0, TOY_IMAGES, 250))
-            data.encode_images(batches, TOY_IMAGES, labels, toy.CLASSES, tokenizer, tokenizer_path, encoded,
-                               toy.SIDE, crops=1)
-        else:
-            paths, labels, names = data.list_images(path)
-            if tokenizer_path is None:
-                raise ValueError(f"{path} holds images: give the --tokenizer that shall turn them into "
-                                 "tokens (python tokenizer.py train makes one)")
-            tokenizer, skipped = load_tokenizer(tokenizer_path, device), []
-            size = tokenizer.config.image_size
-            data.encode_images(data.read_images(paths, size, skipped=skipped), len(paths), labels, names,
-                               tokenizer, tokenizer_path, encoded, size)
-            data.report_skipped(skipped)
-    tokens = data.TokenFolder(path if is_tokens else encoded)
-    tokenizer_path = pathlib.Path(tokenizer_path or tokens.tokenizer)
-    if not tokenizer_path.is_file():
-        raise FileNotFoundError(f"the tokenizer {tokenizer_path} is missing: give its place with --tokenizer")
-    return tokens, tokenizer_path
+    if path is None:
+        source, tokenizer_path = "toy world", tokenizer_path or common.CHECKPOINTS / "tokenizer.pt"
+    else:
+        source, (paths, labels, names) = pathlib.Path(path).resolve(), data.list_images(path)
+        if tokenizer_path is None:
+            raise ValueError(f"{path} holds images: give the --tokenizer that shall turn them into tokens "
+                             "(python tokenizer.py train makes one)")
+    tokenizer_path = pathlib.Path(tokenizer_path)
+    if (encoded / "meta.json").is_file():  # from an earlier start: as good as new if nothing has changed
+        tokens = data.TokenFolder(encoded)
+        same_tokenizer = tokenizer_path.resolve() in (pathlib.Path(tokens.tokenizer),
+                                                      (out / "tokenizer.pt").resolve())
+        if tokens.source in (str(source), None) and same_tokenizer:
+            return tokens, tokenizer_path
+    tokenizer = load_tokenizer(tokenizer_path, device)
+    if path is None:
+        common.writable_folder(encoded)  # to know it before a minute of drawing
+        images, labels, _ = toy.make(TOY_IMAGES, seed=0)
+        batches = ((range(i, i + 250), images[i : i + 250]) for i in range(0, TOY_IMAGES, 250))
+        data.encode_images(batches, labels, toy.CLASSES, source, tokenizer, tokenizer_path, encoded, toy.SIDE,
+                           crops=1)
+    else:
+        size, skipped = tokenizer.config.image_size, []
+        data.encode_images(data.read_images(paths, size, skipped=skipped), labels, names, source, tokenizer,
+                           tokenizer_path, encoded, size)
+        data.report_skipped(skipped)
+    return data.TokenFolder(encoded), tokenizer_path
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,15 +136,15 @@ def draw_samples(model, tokenizer, class_names, seed, title, path):
 
 def train(args):
     """Train as the command line says; see main. Writes the files that the top of this file lists."""
-    out = common.writable_folder(args.out)
+    out = pathlib.Path(args.out)  # nothing is written there before all that can be wrong has been checked
     device = common.pick_device(args.device)
     tokens, tokenizer_path = open_tokens(args.data, args.tokenizer, out, device)
+    if not tokenizer_path.is_file():
+        raise FileNotFoundError(f"the tokenizer {tokenizer_path} is missing: give its place with --tokenizer")
     tokenizer = load_tokenizer(tokenizer_path, device)
     if tokenizer.config.codes != tokens.codes:
         raise ValueError(f"{tokenizer_path} has {tokenizer.config.codes} codes, but the tokens were made "
                          f"with {tokens.codes}: give --tokenizer the one that made them")
-    if tokenizer_path.resolve() != (out / "tokenizer.pt").resolve():
-        common.write_safely(out / "tokenizer.pt", lambda partial: shutil.copy(tokenizer_path, partial))
 
     torch.manual_seed(args.seed)
     config = Config(tokens.grid, tokens.codes, len(tokens.class_names), **SIZES[args.size])
@@ -147,7 +153,7 @@ def train(args):
     first, log = 0, []
     if args.resume:
         saved = common.load(out / "training.pt", device)
-        if saved["config"] != asdict(config):
+        if "optimizer" not in saved or saved["config"] != asdict(config):
             raise ValueError(f"{out}/training.pt is not a --size {args.size} model of these tokens: "
                              "resume with the --size and --data that it was started with")
         model.load_state_dict(saved["model"])
@@ -155,6 +161,9 @@ def train(args):
         first, log = saved["step"], saved["log"]
     if first >= args.steps:
         raise ValueError(f"{out} holds {first} steps already: ask for more with --steps")
+    common.writable_folder(out)
+    if tokenizer_path.resolve() != (out / "tokenizer.pt").resolve():
+        common.write_safely(out / "tokenizer.pt", lambda partial: shutil.copy(tokenizer_path, partial))
 
     def save(step):
         settings = {name: str(value) for name, value in vars(args).items() if value is not None}
@@ -227,7 +236,7 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on with the training in --out")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     parser.add_argument("--batch-size", type=int, help="images a step (default: the recipe's)")
-    parser.add_argument("--micro-batch", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--micro-batch", type=int, help="of these at a time (default: the recipe's)")
     parser.add_argument("--learning-rate", type=float, help="at its peak (default: the recipe's)")
     parser.add_argument("--report", type=int, default=20, help="steps to a line of the log (default: 20)")
     parser.add_argument("--picture-every", type=int, default=250, metavar="STEPS",
@@ -238,8 +247,10 @@ def main():
     with common.one_line_errors():
         state = pathlib.Path(args.out) / "training.pt"
         if args.resume:
-            # The settings of the start are the defaults now, so that --steps, say, can still be given anew.
-            parser.set_defaults(**common.load(state).get("settings", {}))
+            # The settings of the start are the defaults now: --steps, say, can still be given anew. The
+            # tokenizer is the copy that was made then, whatever has become of the original since.
+            settings = common.load(state).get("settings", {})
+            parser.set_defaults(**settings | {"tokenizer": str(state.with_name("tokenizer.pt"))})
             args = parser.parse_args()
         elif state.exists():
             raise ValueError(f"{args.out} holds a training already: add --resume to go on with it, or give "

@@ -43,28 +43,29 @@ def box(figure, left, bottom, size, picture, label, colour):
 def main():
     model = load_randar(common.CHECKPOINTS / "randar_toy.pt")
     tokenizer = load_tokenizer(common.CHECKPOINTS / "tokenizer.pt")
-    figure = pyplot.figure(figsize=(12, 7.2), dpi=110)
+    figure = pyplot.figure(figsize=(12, 8.2), dpi=110)
 
     # Training: the sequence of one image in one random order.
-    pixels, _ = toy.draw(1, np.random.default_rng(3), x=16, y=15, size=1.1, colour=1, background=0, flip=False)
+    look = dict(x=16, y=15, size=1.1, colour=1, background=0, flip=False)
+    pixels, _ = toy.draw(1, np.random.default_rng(0), **look)
     order = generation_order("random", 1, (8, 8), torch.Generator().manual_seed(9))[0].tolist()
-    figure.text(0.01, 0.955, "Training: a fresh random order for every image. Before each token stands a position "
-                "instruction token that says where it belongs.", fontsize=12, weight="bold")
-    box(figure, 0.01, 0.70, 0.105, pixels, "image", TOKEN)
-    axes = box(figure, 0.15, 0.735, 0.055, None, "class", CLASS)
+    figure.text(0.01, 0.96, "Training: a random order for each image. A position instruction token P says "
+                "where the next token x belongs.", fontsize=12, weight="bold")
+    box(figure, 0.01, 0.74, 0.105, pixels, "image", TOKEN)
+    axes = box(figure, 0.15, 0.775, 0.055, None, "class", CLASS)
     axes.text(0.5, 0.5, "fish", ha="center", va="center", transform=axes.transAxes, color=CLASS)
     for i, position in enumerate(order[:6]):
         row, column = divmod(position, 8)
         patch = pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
         left = 0.217 + 0.128 * i
-        box(figure, left, 0.735, 0.055, where(position), f"$P_{i + 1}$", INSTRUCTION)
-        box(figure, left + 0.062, 0.735, 0.055, patch, f"$x_{i + 1}$", TOKEN)
-        figure.text(left + 0.0275, 0.685, f"predicts $x_{i + 1}$", ha="center", fontsize=10, color=INSTRUCTION)
-    figure.text(0.985, 0.775, "...", fontsize=16, ha="center")
+        box(figure, left, 0.775, 0.055, where(position), f"$P_{i + 1}$", INSTRUCTION)
+        box(figure, left + 0.062, 0.775, 0.055, patch, f"$x_{i + 1}$", TOKEN)
+        figure.text(left + 0.0275, 0.74, f"predicts $x_{i + 1}$", ha="center", fontsize=10, color=INSTRUCTION)
+    figure.text(0.985, 0.81, "...", fontsize=16, ha="center")
 
     # Decoding: one row for each order, the same weights.
-    figure.text(0.01, 0.605, "Generation: any order, several tokens a step, a key-value cache. All rows: the same "
-                "weights.", fontsize=12, weight="bold")
+    figure.text(0.01, 0.66, "Generation: any order, several tokens a step, a key-value cache. All rows: the "
+                "same weights.", fontsize=12, weight="bold")
     steps = decoding_steps(model.config.grid)
     moments = [2, 6, 10, 14, 18, steps]
     for row, (name, label) in enumerate((("random", 7), ("spiral_in", 4), ("center_first", 8))):
@@ -76,12 +77,12 @@ def main():
             turn.scatter_(1, step.positions, torch.full_like(step.tokens, i))
         image = common.to_uint8(tokenizer.decode(tokens))[0]
         turn = np.kron(turn.view(8, 8).numpy(), np.ones((4, 4), int))
-        bottom = 0.395 - 0.19 * row
+        bottom = 0.455 - 0.215 * row
         figure.text(0.01, bottom + 0.085, f"order\n{name}", fontsize=11, va="center")
         for column, moment in enumerate(moments):
             shown = np.where((turn < moment)[..., None], image, UNDECODED)
             known = int((turn < moment).sum() / 16)
-            box(figure, 0.15 + 0.142 * column, bottom, 0.1, shown, f"step {moment}: {known} of 64", TOKEN)
+            box(figure, 0.15 + 0.142 * column, bottom, 0.107, shown, f"step {moment}: {known} of 64", TOKEN)
     common.write_safely(HERE / "randar.png", lambda path: figure.savefig(path, format="png"))
 
 
