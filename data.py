@@ -80,11 +80,11 @@ class ImageFiles(torch.utils.data.Dataset):
 
 
 def read_images(paths, size, batch_size=64, skipped=None):
-    """Yields (indices of the files, uint8 [n, size, size, 3]) in order, read by two worker processes.
+    """Yields (indices of the files, uint8 [n, size, size, 3]) in order, read by up to two worker processes.
 
     Unreadable files are left out, and their paths are appended to the list `skipped`.
     """
-    workers = 2 if len(paths) > batch_size else 0
+    workers = min(2, torch.get_num_threads()) if len(paths) > batch_size else 0
     files = ImageFiles(paths, size)
     for batch in torch.utils.data.DataLoader(files, batch_size, num_workers=workers, collate_fn=list):
         good = [(i, image) for i, image in batch if image is not None]

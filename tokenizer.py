@@ -403,7 +403,7 @@ def train_command(args):
     pairs = np.stack([shown, common.to_uint8(painted)], axis=1).reshape(-1, *shown.shape[1:])
     title = f"image, reconstruction: {quality:.1f} dB on average"
     picture = pathlib.Path(args.out).with_suffix(".png")
-    common.save_picture(common.picture_grid(pairs, [""] * (len(shown) // 6), title), picture)  # six pairs a row
+    common.save_picture(common.picture_grid(pairs, [""] * (len(shown) // 6), title), picture)  # six a row
     print(f"validation PSNR {quality:.2f} dB, {use:.1%} of the codes in use; wrote {args.out} and {picture}")
 
 
