@@ -426,7 +426,7 @@ def main():
     train = commands.add_parser("train", help="train a small tokenizer, on the toy world or on --data")
     train.add_argument("--data", help="a folder of class folders of images (default: the toy world)")
     train.add_argument("--steps", type=int, default=3500, help="optimiser steps (default: 3500)")
-    train.add_argument("--out", default="out/tokenizer.pt", help="file to write (default: out/tokenizer.pt)")
+    train.add_argument("--out", default="my/tokenizer.pt", help="file to write (default: my/tokenizer.pt)")
     train.add_argument("--seed", type=int, default=0)
     encode = commands.add_parser("encode", help="turn a folder of images into a folder of tokens")
     encode.add_argument("--images", required=True, help="a folder of class folders of images")
