@@ -38,7 +38,7 @@ from matplotlib import pyplot  # noqa: E402  (after the choice of a backend that
 # The recipe (Sec. 4.1)
 
 RECIPES = {name: dict(steps=360_000, batch_size=1024, micro_batch=32, learning_rate=4e-4) for name in SIZES}
-RECIPES["toy"] = dict(steps=1500, batch_size=64, micro_batch=64, learning_rate=3e-3)  # for a laptop
+RECIPES["toy"] = dict(steps=1200, batch_size=64, micro_batch=64, learning_rate=3e-3)  # for a laptop
 LAST_LEARNING_RATE = 1e-5
 TOY_IMAGES = 40_000
 
