@@ -4,7 +4,7 @@ A GPT writes text from left to right. An image has no such direction, yet a plai
 *where* the token that it is to predict belongs. RandAR says so in the sequence itself: before every image
 token stands a *position instruction token*. Trained on a fresh random order for every image, the model then
 generates in any order, several tokens at a time, and fills in, extends or changes given images with no
-further training (apps.py).
+further training: `decode` takes known tokens, any positions and any rotary angles.
 
 Read from top to bottom:
 
