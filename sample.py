@@ -33,8 +33,8 @@ def spread_classes(classes, rows=10, columns=8):
 def draw_grid(pixels, classes, class_names, title, columns=12):
     """A labelled picture with a row for each class, its first `columns` images; missing ones stay white.
 
-    pixels: uint8 [n, H, W, 3]; classes: list of n ints; class_names: list of str or None. Returns a PIL
-    image.
+    pixels: uint8 [n, H, W, 3]; classes: list of n ints; class_names: list of str or None.
+    Returns a PIL image.
     """
     rows = {label: [] for label in classes}
     for image, label in zip(pixels, classes):
@@ -48,8 +48,7 @@ def draw_grid(pixels, classes, class_names, title, columns=12):
 
 
 def draw_gif(pixels, turns, f, path, seconds=4.0):
-    """An animation of `draw_grid`-like frames in the order of decoding, then the finished pictures for a
-    while.
+    """An animation: grey pictures fill up in the order of decoding, then stay for a while.
 
     pixels: uint8 [n, H, W, 3], the finished pictures; turns: int [n, h, w], the step in which each token was
     decoded; f: pixels a token. A token's pixels appear, as they are in the end, in the step that decoded it.
