@@ -87,7 +87,7 @@ def test_a_file_that_holds_something_else_is_named(tmp_path, content):
 
 def test_weights_of_another_shape_are_named(model, tmp_path):
     save_randar(small_model(vocab_size=V + 1), tmp_path / "a.pt")
-    content = torch.load(tmp_path / "a.pt")
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
     content["config"]["vocab_size"] = V
     torch.save(content, tmp_path / "a.pt")
     assert "does not fit" in complaint(tmp_path / "a.pt") and "output.weight" in complaint(tmp_path / "a.pt")

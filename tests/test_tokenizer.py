@@ -236,7 +236,7 @@ def test_a_file_that_holds_no_tokenizer_is_named(tmp_path):
 
 def test_a_tokenizer_of_another_shape_is_named(tok, tmp_path):
     save_tokenizer(tok, tmp_path / "tok.pt")
-    content = torch.load(tmp_path / "tok.pt")
+    content = torch.load(tmp_path / "tok.pt", weights_only=True)
     torch.save(content | {"config": content["config"] | {"codes": V + 1}}, tmp_path / "other.pt")
     assert "does not fit its tokenizer" in complaint(tmp_path / "other.pt")
     torch.save({"model": {"quantize.embedding.weight": torch.zeros(9, 9)}}, tmp_path / "other.pt")
