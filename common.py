@@ -49,6 +49,7 @@ def one_line_errors():
     except ValueError as error:
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 

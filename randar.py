@@ -48,7 +48,7 @@ class Config:
 
 
 SIZES = {  # for example Config(**SIZES["XL"], grid=(16, 16), vocab_size=16384, num_classes=1000)
-    "toy": dict(dim=128, n_layer=4, n_head=4, dropout=0.0),  # ours, 1.0M: too few parameters to overfit
+    "toy": dict(dim=128, n_layer=4, n_head=4, dropout=0.0),  # ours, 1.2M: too few parameters to overfit
     "L": dict(dim=1024, n_layer=24, n_head=16),  # 343M, as all below of Table A
     "XL": dict(dim=1280, n_layer=36, n_head=20),  # 775M
     "XXL": dict(dim=1536, n_layer=48, n_head=24),  # 1.4B
@@ -99,8 +99,8 @@ def rotate(x, rotation):
 # In which order: ten ways to write an image
 #
 # An order lists positions (raster indices, row * w + column) in the turn in which they are decoded. One
-# model, trained on random orders, can follow every one of them (Table 3). A *partly* random order has two
-# halves and is random in each.
+# model, trained on random orders, can follow every one of them (Table 3). The last three are *partly*
+# random: two parts in a fixed order, each in a random order of its own.
 
 ORDERS = ("random", "raster", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate",
           "hierarchical", "center_first", "border_first")
@@ -119,7 +119,7 @@ def generation_order(name, batch, grid, generator=None, device=None):
     positions = torch.arange(h * w, device=device)
     row, column = positions // w, positions % w
     random = torch.rand(batch, h * w, generator=generator, device=device)
-    in_the_middle = (abs(2 * row - (h - 1)) < h / 2) & (abs(2 * column - (w - 1)) < w / 2)  # half by half
+    in_the_middle = (abs(2 * row - (h - 1)) < h / 2) & (abs(2 * column - (w - 1)) < w / 2)  # h/2 by w/2
 
     # Every order is a sort: a key for each position, the smallest goes first.
     if name == "random":
@@ -237,7 +237,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden = math.ceil(int(8 * config.dim / 3) / 256) * 256
+        hidden = math.ceil(int(8 * config.dim / 3) / 256) * 256  # as Llama: 2/3 of 4 d, for a third matrix
         self.w1 = nn.Linear(config.dim, hidden, bias=False)
         self.w3 = nn.Linear(config.dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, config.dim, bias=False)
@@ -358,7 +358,8 @@ class RandAR(nn.Module):
         classes: [b] int64, 0 .. C - 1, or null_class for none.
         order: [b, n] int64, the positions to decode in their turns: all of the image, or any part of it.
         steps: decoding steps, over which step_sizes distributes the n positions; -1 is one token a step.
-        cfg: (start, end) of classifier-free guidance, linear in the share of tokens known; (1, 1) is none.
+        cfg: (start, end) of classifier-free guidance, linear in the share of tokens known before the step, so
+            that the end itself is never quite reached; (1, 1) is none.
         scg: w_scg of spatial contextual guidance (App. F); 1 is none.
         temperature > 0, top_k (0: all), top_p in (0, 1]: how to sample; top_k=1 takes the most likely token.
         generator: a torch.Generator on the model's device, for samples that can be repeated.
@@ -369,7 +370,7 @@ class RandAR(nn.Module):
         then on the host never waits for the device. In training mode, dropout would be at work here too.
         """
         sizes = step_sizes(order.shape[-1], steps)
-        check_sampling(cfg, temperature, top_k, top_p)
+        check_sampling(cfg, temperature, top_k, top_p, scg)
         known_positions, known_tokens = (order[..., :0],) * 2 if known is None else known
         self.check_context(classes, order, known_positions, known_tokens, angles)
 
@@ -505,10 +506,11 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return (logits.softmax(-1) / exponential).argmax(-1)
 
 
-def check_sampling(cfg, temperature, top_k, top_p):
+def check_sampling(cfg, temperature, top_k, top_p, scg):
     """Raises ValueError for guidance that is not a pair, and for a value out of its range."""
-    if len(cfg) != 2:
-        raise ValueError(f"cfg must be two numbers, guidance at the start and at the end, not {list(cfg)}")
+    if len(cfg) != 2 or not all(map(math.isfinite, (*cfg, scg))):
+        raise ValueError("cfg must be two numbers, guidance at the start and at the end, and scg one, "
+                         f"not {list(cfg)} and {scg}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}: top_k=1 is the likeliest token")
     if top_k < 0:

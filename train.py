@@ -38,7 +38,7 @@ from matplotlib import pyplot  # noqa: E402  (after the choice of a backend that
 # The recipe (Sec. 4.1)
 
 RECIPES = {name: dict(steps=360_000, batch_size=1024, micro_batch=32, learning_rate=4e-4) for name in SIZES}
-RECIPES["toy"] = dict(steps=1200, batch_size=64, micro_batch=64, learning_rate=3e-3)  # for a laptop
+RECIPES["toy"] = dict(steps=1200, batch_size=64, micro_batch=64, learning_rate=3e-3)  # ours, for a laptop
 LAST_LEARNING_RATE = 1e-5
 TOY_IMAGES = 40_000
 
@@ -107,7 +107,8 @@ def open_tokens(path, tokenizer_path, out, device):
 def draw_loss(log, path):
     """The loss curve, from the lines of the log."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    axes.plot([line["step"] for line in log], [line["loss"] for line in log], color="black", linewidth=1.2)
+    axes.plot([line["step"] for line in log], [line["loss"] for line in log], color="black", linewidth=1.2,
+              marker="." if len(log) < 3 else None)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats a token")
     axes.set_title(f"RandAR, {log[-1]['images']:,} images seen: loss {log[-1]['loss']:.3f}")
@@ -180,7 +181,7 @@ def train(args):
     loss_function = torch.compile(model.loss) if common.can_compile(device) else model.loss
     print(f"RandAR-{args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
           f"on {len(tokens):,} images of {tokens.grid[0]} x {tokens.grid[1]} tokens. "
-          f"The first step compiles, up to a minute. Pictures appear in {out}.")
+          f"The first step may take a minute. Pictures appear in {out} every {args.picture_every} steps.")
     stop = common.stop_at_signal()
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
     losses, since = [], time.time()
@@ -246,6 +247,8 @@ def main():
     args = parser.parse_args()
     with common.one_line_errors():
         state = pathlib.Path(args.out) / "training.pt"
+        if args.resume and not state.exists():
+            raise ValueError(f"{args.out} holds no training to go on with: start it without --resume")
         if args.resume:
             # The settings of the start are the defaults now: --steps, say, can still be given anew. The
             # tokenizer is the copy that was made then, whatever has become of the original since.
