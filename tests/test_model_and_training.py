@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, C, N, V, inputs_of, seeded, small_model
+from helpers import GOLDEN, C, N, V, inputs_of, small_model
 
 from randar import SIZES, Config, RandAR
 
