@@ -2,6 +2,7 @@
 pictures.
 
     command_line, one_line_errors   a user's mistake ends in one line that names the remedy, and exit code 2
+    join_processes                  which of torchrun's processes this is, and on which device it works
     save, load, write_safely        checkpoints and pictures, written beside their place and then renamed
     picture_grid, draw_loss_curve   what people would rather see than read
 """
@@ -17,6 +18,7 @@ import sys
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"  # the small trained weights that ship
@@ -51,10 +53,14 @@ def one_line_errors():
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _complain(text):
-    print("error: " + " ".join(text.split()), file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # the same mistake in each of many processes is said once
+        print("error: " + " ".join(text.split()), file=sys.stderr)
     return 2
 
 
@@ -68,6 +74,25 @@ def pick_device(name=None):
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot use device {name!r} ({reason}): try --device cpu") from None
     return torch.device(name)
+
+
+def join_processes(name=None):
+    """(rank, number of processes, torch.device) of this process: (0, 1, pick_device(name)) if it is alone.
+
+    Started by torchrun, it joins the others: each GPU process takes a device of its own. Raises ValueError.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, pick_device(name)
+    if name is None and torch.cuda.is_available():
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(f"{here} processes for {gpus} GPUs: give torchrun --nproc-per-node {gpus}")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def fast_precision(device):
@@ -113,6 +138,8 @@ def write_safely(path, write):
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)
+        with open(partial, "rb+") as file:  # on the disk, not only on its way there, before the old one goes
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

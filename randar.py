@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import common
 
@@ -275,6 +276,7 @@ class RandAR(nn.Module):
         self.config = config
         self.head_dim = config.dim // config.n_head  # D
         self.null_class = config.num_classes  # "no class given": the last row of the class embedding
+        self.checkpoint_activations = False  # in training: compute twice, keep less in memory
         self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(self.null_class + 1, config.dim)})
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, config.dim))  # e of Eq. 5: one for all
@@ -312,26 +314,30 @@ class RandAR(nn.Module):
     def hidden_states(self, x, rotation, caches=None, place=0):
         """Through all layers: x [b, n, d] -> [b, n, d], not yet normalised."""
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, caches[i] if caches else None, place)
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(layer, x, rotation, use_reentrant=False)
+            else:
+                x = layer(x, rotation, caches[i] if caches else None, place)
         return x
 
     # Training (Alg. A)
 
-    def forward(self, tokens, classes, order):
+    def forward(self, tokens, classes, order, hidden=None):
         """Logits of every token of an image, each given the class and the tokens before it in the order.
 
         tokens: [b, N] int64 in raster order; classes: [b] int64, null_class for none; order: [b, N] int64, a
-        permutation in each row. Returns [b, N, V], in the order given (not in raster order). Raises
-        ValueError for shapes that do not fit; to check values too, the host would wait for the device.
+        permutation in each row; hidden: bool [b], whose class becomes null_class (None: in training a tenth,
+        at random). Returns [b, N, V], in the order given (not in raster order). Raises ValueError for shapes
+        that do not fit; to check values too, the host would wait for the device.
         """
         b, number = len(tokens), math.prod(self.config.grid)
         shapes = [list(x.shape) for x in (tokens, classes, order)]
         if shapes != [[b, number], [b], [b, number]]:
             raise ValueError(f"expected tokens [b, {number}], classes [b], order [b, {number}] for the grid "
                              f"{self.config.grid}, got the shapes {str(shapes)[1:-1]}")
-        if self.training:
-            hidden = torch.rand(classes.shape, device=classes.device) < self.config.class_dropout
-            classes = torch.where(hidden, self.null_class, classes)
+        if hidden is None:
+            hidden = torch.rand(b, device=classes.device) < self.config.class_dropout * self.training
+        classes = torch.where(hidden, self.null_class, classes)
         rotation = self.sequence_rotation(order)[:, :-1]  # without the last image token: [b, 2 N, D / 2, 2]
         class_token = self.cls_embedding.embedding_table(classes)[:, None]  # [b, 1, d]
         instructions = self.position_instruction_tokens(rotation[:, 1::2])  # P_1 .. P_N: [b, N, d]
@@ -341,11 +347,11 @@ class RandAR(nn.Module):
         x = self.hidden_states(torch.cat([class_token, pairs[:, :-1]], dim=1), rotation)  # [b, 2 N, d]
         return self.output(self.norm(x[:, 1::2]))  # only position instruction tokens predict: [b, N, V]
 
-    def loss(self, tokens, classes, order=None):
+    def loss(self, tokens, classes, order=None, hidden=None):
         """Mean cross entropy in nats a token (Alg. A): a scalar. order: [b, N], or None for random ones."""
         if order is None:
             order = generation_order("random", len(tokens), self.config.grid, device=tokens.device)
-        logits = self(tokens, classes, order)  # [b, N, V]
+        logits = self(tokens, classes, order, hidden)  # [b, N, V]
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens.gather(1, order).flatten())
 
     # Decoding (Alg. B)
@@ -533,22 +539,24 @@ def load_randar(path, device="cpu"):
     """A RandAR from one of our checkpoints, or from released weights (.safetensors, .pt), in eval mode.
 
     Released files hold no configuration: it is read off the shapes (heads of 64 channels, a 16 x 16 grid).
-    model.class_names is a list of str, or None where the file names none. Raises FileNotFoundError, or
-    ValueError for a file that is damaged or holds something else.
+    model.class_names is a list of str, or None where the file names none; model.order is the order that it
+    was trained on, "random" unless the file says otherwise. Raises FileNotFoundError, or ValueError for a
+    file that is damaged or holds something else.
     """
     content = read_weights(path)
     try:
         state = content.get("model", content)
         config = Config(**content["config"]) if "config" in content else config_of(state)
-        model = RandAR(config)
-        model.load_state_dict(state)
+        with torch.device("meta"):  # shapes without numbers: all of these come from the file
+            model = RandAR(config)
+        model.to_empty(device=device).load_state_dict(state)
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path} holds no RandAR weights ({error}): give one that train.py wrote") from None
     except RuntimeError as error:  # torch names every parameter, one a line: the last one will do
         reason = str(error).splitlines()[-1].strip()[:150]
         raise ValueError(f"{path} does not fit a RandAR ({reason}): give one that train.py wrote") from None
-    model.class_names = content.get("class_names")
-    return model.to(device).eval()
+    model.class_names, model.order = content.get("class_names"), content.get("order", "random")
+    return model.eval()
 
 
 def read_weights(path):

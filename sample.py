@@ -14,7 +14,7 @@ from tqdm import tqdm
 import common
 import toy
 from randar import ORDERS, check_sampling, generation_order, load_randar, step_sizes
-from tokenizer import load_tokenizer
+from vqgan import load_tokenizer
 
 UNDECODED = 200  # the grey of places that are not decoded yet
 

@@ -29,7 +29,7 @@ import data
 import toy
 from randar import SIZES, Config, RandAR, save_randar
 from sample import decoding_steps, draw_grid, spread_classes
-from tokenizer import load_tokenizer
+from vqgan import load_tokenizer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the choice of a backend that needs no screen)

@@ -16,7 +16,7 @@ import common  # noqa: E402
 import toy  # noqa: E402
 from randar import generation_order, load_randar  # noqa: E402
 from sample import UNDECODED, decoding_steps  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
+from vqgan import load_tokenizer  # noqa: E402
 
 INSTRUCTION, TOKEN, CLASS = "#3b6fb6", "#444444", "#b6553b"
 

@@ -8,7 +8,7 @@ from golden import fill
 from PIL import Image
 
 from randar import Config, RandAR
-from tokenizer import Tokenizer, TokenizerConfig
+from vqgan import Tokenizer, TokenizerConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 N, V, C = 16, 32, 5  # tokens, codes and classes of the small model

@@ -24,7 +24,7 @@ import tokenizer
 import toy
 import train
 from randar import load_randar, save_randar
-from tokenizer import load_tokenizer, save_tokenizer
+from vqgan import load_tokenizer, save_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONUNBUFFERED": "1"}

@@ -14,9 +14,10 @@ from PIL import Image
 import common
 import tokenizer
 import toy
+import vqgan
 from randar import save_randar
-from tokenizer import LLAMAGEN_VQ16, Codebook, Tokenizer, TokenizerConfig
-from tokenizer import load_tokenizer, psnr, save_tokenizer
+from tokenizer import psnr
+from vqgan import LLAMAGEN_VQ16, Codebook, Tokenizer, TokenizerConfig, load_tokenizer, save_tokenizer
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_a_tokenizer_comes_back_as_it_was_rounded_to_half_precision(tok, images,
 
 
 def test_llamagens_file_is_told_by_its_contents(tok, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "LLAMAGEN_VQ16", tok.config)  # 288 MB would be a long test
+    monkeypatch.setattr(vqgan, "LLAMAGEN_VQ16", tok.config)  # 288 MB would be a long test
     state = tok.state_dict() | {"quantize.codebook_used": torch.zeros(65536)}
     torch.save({"model": state}, tmp_path / "vq_ds16_c2i.pt")
     loaded = load_tokenizer(tmp_path / "vq_ds16_c2i.pt")
