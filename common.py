@@ -83,9 +83,9 @@ def join_processes(name=None):
     """
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, pick_device(name)
-    if name is None and torch.cuda.is_available():
+    if name == "cuda" or name is None and torch.cuda.is_available():
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if here > gpus:
+        if here > gpus > 0:
             raise ValueError(f"{here} processes for {gpus} GPUs: give torchrun --nproc-per-node {gpus}")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(name)
@@ -113,14 +113,16 @@ def stop_at_signal():
     """A list that is empty until Ctrl-C (or SIGTERM, a cluster's way to say the same) is pressed.
 
     A loop that looks at it stops between two steps, never within one. A second Ctrl-C ends the program at
-    once.
+    once; not under torchrun, which passes every signal on to processes that have had it from the terminal.
     """
-    stop = []
+    stop, many = [], "WORLD_SIZE" in os.environ
 
     def ask_to_stop(number, frame):
+        if not stop and os.environ.get("RANK", "0") == "0":
+            print("\nstopping after this step" + " (once more: at once)" * (not many), file=sys.stderr)
+        if not many:
+            signal.signal(number, signal.SIG_DFL)
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this step (once more: at once)", file=sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
@@ -145,16 +147,19 @@ def write_safely(path, write):
         partial.unlink(missing_ok=True)
 
 
-def writable_folder(path):
-    """The folder `path`, made where it is missing. Raises OSError *before* hours of work, not after."""
+def writable_folder(path, option="--out"):
+    """The folder `path`, made where it is missing. Raises OSError *before* hours of work, not after.
+
+    option: of the command, which gives another place.
+    """
     path = pathlib.Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
+        probe = path / f".writable{os.getpid()}"  # processes that share the work may look at the same time
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"cannot write into {path} ({error.strerror}): give another place, --out") from None
+        raise OSError(f"cannot write into {path} ({error.strerror}): give another place, {option}") from None
     return path
 
 

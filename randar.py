@@ -217,12 +217,15 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)  # query, key and value in one product
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
+    def queries_keys_values(self, x, rotation):
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # [b, n, heads, D] each
+        q, k = rotate(q, rotation[:, :, None]), rotate(k, rotation[:, :, None])
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, heads, n, D]
+
     def forward(self, x, rotation, cache=None, place=0):
         """x [b, n, d], rotation [b, n, D / 2, 2] -> [b, n, d]; x comes after `place` tokens of the cache."""
         n = x.shape[1]
-        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # [b, n, heads, D] each
-        q, k = rotate(q, rotation[:, :, None]), rotate(k, rotation[:, :, None])
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, heads, n, D]
+        q, k, v = self.queries_keys_values(x, rotation)
         if cache is not None:
             k, v = cache.write(place, k, v)
         if place == 0:  # training, and the first step: plain causal attention, no mask in memory
@@ -311,6 +314,15 @@ class RandAR(nn.Module):
         # which zeroes its query and key, so that every query scores it 0: it is read through its value only.
         return F.pad(rotation, (0, 0, 0, 0, 1, 0))
 
+    def sequence(self, tokens, classes, order, angles=None):
+        """[class, P_1, x_1, ..., P_N, x_N] of raster tokens [b, N]: [b, 1 + 2 N, d], and its rotation."""
+        rotation = self.sequence_rotation(order, angles)  # [b, 1 + 2 N, D / 2, 2]
+        instructions = self.position_instruction_tokens(rotation[:, 1::2])  # P_1 .. P_N: [b, N, d]
+        image_tokens = self.tok_embeddings(tokens.gather(1, order))  # x_1 .. x_N: [b, N, d]
+        image_tokens = F.dropout(image_tokens, self.config.dropout, self.training)
+        pairs = torch.stack([instructions, image_tokens], dim=2).flatten(1, 2)  # P_1, x_1, .. [b, 2 N, d]
+        return torch.cat([self.cls_embedding.embedding_table(classes)[:, None], pairs], dim=1), rotation
+
     def hidden_states(self, x, rotation, caches=None, place=0):
         """Through all layers: x [b, n, d] -> [b, n, d], not yet normalised."""
         for i, layer in enumerate(self.layers):
@@ -338,13 +350,8 @@ class RandAR(nn.Module):
         if hidden is None:
             hidden = torch.rand(b, device=classes.device) < self.config.class_dropout * self.training
         classes = torch.where(hidden, self.null_class, classes)
-        rotation = self.sequence_rotation(order)[:, :-1]  # without the last image token: [b, 2 N, D / 2, 2]
-        class_token = self.cls_embedding.embedding_table(classes)[:, None]  # [b, 1, d]
-        instructions = self.position_instruction_tokens(rotation[:, 1::2])  # P_1 .. P_N: [b, N, d]
-        image_tokens = self.tok_embeddings(tokens.gather(1, order))  # x_1 .. x_N: [b, N, d]
-        image_tokens = F.dropout(image_tokens, self.config.dropout, self.training)
-        pairs = torch.stack([instructions, image_tokens], dim=2).flatten(1, 2)  # P_1, x_1, .. [b, 2 N, d]
-        x = self.hidden_states(torch.cat([class_token, pairs[:, :-1]], dim=1), rotation)  # [b, 2 N, d]
+        x, rotation = self.sequence(tokens, classes, order)
+        x = self.hidden_states(x[:, :-1], rotation[:, :-1])  # without the last image token: [b, 2 N, d]
         return self.output(self.norm(x[:, 1::2]))  # only position instruction tokens predict: [b, N, V]
 
     def loss(self, tokens, classes, order=None, hidden=None):
@@ -546,25 +553,27 @@ def load_randar(path, device="cpu"):
     content = read_weights(path)
     try:
         state = content.get("model", content)
+        if "quantize.embedding.weight" in state:
+            raise ValueError("it is a tokenizer, for --tokenizer")
         config = Config(**content["config"]) if "config" in content else config_of(state)
         with torch.device("meta"):  # shapes without numbers: all of these come from the file
             model = RandAR(config)
         model.to_empty(device=device).load_state_dict(state)
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} holds no RandAR weights ({error}): give one that train.py wrote") from None
+        reason = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} holds no RandAR weights ({reason}): give a file that train.py wrote, or "
+                         "released weights") from None
     except RuntimeError as error:  # torch names every parameter, one a line: the last one will do
-        reason = str(error).splitlines()[-1].strip()[:150]
-        raise ValueError(f"{path} does not fit a RandAR ({reason}): give one that train.py wrote") from None
+        reason = str(error).splitlines()[-1].strip()[:180]
+        raise ValueError(f"{path} does not fit a RandAR ({reason}): give another one") from None
     model.class_names, model.order = content.get("class_names"), content.get("order", "random")
     return model.eval()
 
 
 def read_weights(path):
     """The content of a checkpoint, in whichever format its name says, on the CPU."""
-    if pathlib.Path(path).suffix != ".safetensors":
+    if pathlib.Path(path).suffix != ".safetensors" or not pathlib.Path(path).is_file():
         return common.load(path)
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         from safetensors.torch import load_file
     except ImportError:
@@ -577,7 +586,7 @@ def read_weights(path):
 
 def config_of(state):
     """The Config of a released state dict, from the shapes of its tensors."""
-    vocab_size, dim = state["tok_embeddings.weight"].shape
+    vocab_size, dim = len(state["tok_embeddings.weight"]), len(state["layers.0.attention.wo.weight"])
     return Config(vocab_size=vocab_size, dim=dim, n_head=dim // 64,
                   num_classes=len(state["cls_embedding.embedding_table.weight"]) - 1,
                   n_layer=1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers.")))
