@@ -5,12 +5,14 @@ A VQGAN (arXiv 2012.09841, in LlamaGen's form, arXiv 2406.06525) squeezes an ima
 vectors, replaces each vector by the nearest of a fixed list of *codes*, and paints the image back from the
 codes. The number of the code is the token.
 
-    TokenizerConfig     the settings: small ones for the toy world, and those of LlamaGen's released tokenizer
-    Encoder, Codebook, Decoder, Tokenizer
-    load_tokenizer      a file -> Tokenizer: one of ours or LlamaGen's, told apart by their contents
+    TokenizerConfig     the settings: small ones for the toy world, and those of two released tokenizers
+    Encoder, Decoder, Codebook, Tokenizer
+    MaskGITTokenizer    what differs in MaskGIT's (arXiv 2202.04200)
+    load_tokenizer      a file -> Tokenizer: ours, LlamaGen's or MaskGIT's, told apart by their contents
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass
 
 import torch
@@ -40,6 +42,7 @@ class TokenizerConfig:
 
 
 LLAMAGEN_VQ16 = TokenizerConfig(128, (1, 1, 2, 2, 4), 2, 256, 16384, 8, attention=True, image_size=256)
+MASKGIT_VQ16 = TokenizerConfig(128, (1, 1, 2, 2, 4), 2, 256, 1024, 256, image_size=256)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -62,10 +65,12 @@ class ResidualBlock(nn.Module):
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
-    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out, h, w]
+    def branch(self, x):
         y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.conv2(F.silu(self.norm2(y)))
+
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out, h, w]
+        return self.branch(x) + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class SpatialAttention(nn.Module):
@@ -180,6 +185,11 @@ class Decoder(nn.Module):
 # The codebook: the one discrete step, and how gradients get past it
 
 
+def full_precision(z):
+    """Autocast off on the device of z: the eight bits of bfloat16 confuse neighbours."""
+    return torch.autocast(z.device.type, enabled=False)
+
+
 class Codebook(nn.Module):
     """A list of unit vectors; a vector's token is the number of the one that points most nearly its way."""
 
@@ -194,8 +204,9 @@ class Codebook(nn.Module):
 
     def nearest(self, z):
         """Vectors [..., code_dim] -> tokens [...]: of unit vectors, the nearest has the largest product."""
-        codes = F.normalize(self.embedding.weight.float(), dim=-1)  # float32: bfloat16 confuses neighbours
-        return (F.normalize(z.float(), dim=-1) @ codes.T).argmax(-1)
+        codes = F.normalize(self.embedding.weight.float(), dim=-1)
+        with full_precision(z):
+            return (F.normalize(z.float(), dim=-1) @ codes.T).argmax(-1)
 
     def forward(self, z):
         """z [b, h, w, code_dim] -> (nearest codes, tokens [b, h, w], codebook loss, commitment loss)."""
@@ -256,23 +267,101 @@ class Tokenizer(nn.Module):
         return self.paint(self.quantize.vectors(tokens.reshape(-1, h, w))).clamp(-1, 1)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# MaskGIT's tokenizer: the same plan with some other bricks. Here is what differs, and no more.
+
+
+class MaskGITBlock(ResidualBlock):
+    """No biases; where the channels change, the 1 x 1 convolution is on the block's *own output*, not on x.
+
+    It looks like a slip, but the released weights were trained with it.
+    """
+
+    def __init__(self, channels_in, channels_out):
+        super().__init__(channels_in, channels_out)
+        self.conv1.bias = self.conv2.bias = None
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_out, channels_out, 1, bias=False)
+
+    def forward(self, x):
+        y = self.branch(x)
+        return y + (self.nin_shortcut(y) if hasattr(self, "nin_shortcut") else x)
+
+
+class MaskGITCodebook(Codebook):
+    """Codes of any length: a vector's token is the number of the nearest, in the Euclidean distance."""
+
+    def vectors(self, tokens):
+        return self.embedding(tokens)
+
+    def nearest(self, z):
+        # Of |z - e|^2 = |z|^2 - 2 z e + |e|^2 the first term is the same for all codes e: to leave it out
+        # spares memory (no z - e for every pair) and precision (no large numbers that cancel).
+        codes = self.embedding.weight.float()
+        with full_precision(z):
+            return (z.float() @ codes.T - codes.square().sum(-1) / 2).argmax(-1)
+
+
+class MaskGITTokenizer(Tokenizer):
+    """Made for images in [0, 1]; outside, that is in encode and decode, they are in [-1, 1] here too."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.quantize = MaskGITCodebook(config.codes, config.code_dim)
+        self.quant_conv = self.post_quant_conv = nn.Identity()  # its codes are as wide as its latent vectors
+        self.encoder.conv_in.bias = None
+        self.encoder.conv_out = nn.Conv2d(self.encoder.conv_out.in_channels, config.latent_channels, 1)
+        for level in self.encoder.conv_blocks[:-1]:
+            level.downsample = nn.AvgPool2d(2)
+        for level in self.decoder.conv_blocks:
+            del level.res[-1]  # as many as in the encoder
+        for network in (self.encoder, self.decoder):
+            for blocks in (network.mid, *(level.res for level in network.conv_blocks)):
+                for i, block in enumerate(blocks):
+                    blocks[i] = MaskGITBlock(block.conv1.in_channels, block.conv1.out_channels)
+
+    def latents(self, images):
+        return super().latents((images + 1) / 2)
+
+    def paint(self, codes):
+        return super().paint(codes) * 2 - 1
+
+
+def our_name(name):
+    """A parameter's name in MaskGIT's file -> the name here. Its decoder counts levels from the image on."""
+    name = re.sub(r"^encoder\.down\.(\d)", r"encoder.conv_blocks.\1", name)
+    last = len(MASKGIT_VQ16.multipliers) - 1
+    name = re.sub(r"^decoder\.up\.(\d)", lambda level: f"decoder.conv_blocks.{last - int(level[1])}", name)
+    return name.replace(".block.", ".res.").replace(".upsample_conv.", ".upsample.conv.")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
 def load_tokenizer(path, device="cpu"):
-    """A tokenizer from a file, in eval mode: one of ours, or LlamaGen's vq_ds16_c2i.pt.
+    """A tokenizer from a file, in eval mode: one of ours, LlamaGen's vq_ds16_c2i.pt or MaskGIT's
+    maskgit-vqgan-imagenet-f16-256.bin.
 
     Raises FileNotFoundError for a missing file, ValueError for one that holds no tokenizer.
     """
-    content = common.load(path, device)
-    state = content.get("model") if isinstance(content, dict) else None
+    content = common.load(path)
+    state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or "quantize.embedding.weight" not in state:
-        raise ValueError(f"{path} holds no tokenizer: give a file that python tokenizer.py train made")
-    state = {name: x for name, x in state.items() if name != "quantize.codebook_used"}  # only bookkeeping
+        raise ValueError(f"{path} holds no tokenizer: give a file that python tokenizer.py train made, or "
+                         "LlamaGen's vq_ds16_c2i.pt, or MaskGIT's maskgit-vqgan-imagenet-f16-256.bin")
+    state = {our_name(name): x for name, x in state.items() if name != "quantize.codebook_used"}  # statistics
+    kind, config = Tokenizer, LLAMAGEN_VQ16
+    if "quant_conv.weight" not in state:  # between encoder and codes: only MaskGIT's does without
+        kind, config = MaskGITTokenizer, MASKGIT_VQ16
     try:
-        tokenizer = Tokenizer(TokenizerConfig(**content["config"]) if "config" in content else LLAMAGEN_VQ16)
-        tokenizer.load_state_dict(state)
+        with torch.device("meta"):  # shapes without numbers: all of these come from the file
+            tokenizer = kind(TokenizerConfig(**content["config"]) if "config" in content else config)
+        tokenizer.to_empty(device=device).load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()[:150]  # torch names every parameter, one will do
+        reason = str(error).splitlines()[-1].strip()[:180]  # torch names every parameter, one will do
         raise ValueError(f"{path} does not fit its tokenizer ({reason}): give another one") from None
-    return tokenizer.eval().to(device)
+    return tokenizer.eval()
 
 
 def save_tokenizer(tokenizer, path):

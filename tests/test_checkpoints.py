@@ -1,5 +1,6 @@
 """Checkpoints: what was saved comes back, released weights load, and anything else is named in one line."""
 
+import re
 import sys
 
 import pytest
@@ -32,6 +33,19 @@ def test_released_weights_load_without_a_configuration(tmp_path):
     loaded = load_randar(tmp_path / "released.pt")
     assert loaded.config == model.config and not loaded.training
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("more, order", [({}, "random"), ({"order": "raster"}, "raster")])
+def test_the_order_of_the_training_comes_back(model, tmp_path, more, order):
+    save_randar(model, tmp_path / "a.pt", **more)
+    assert load_randar(tmp_path / "a.pt").order == order
+
+
+def test_loading_draws_no_random_numbers(model, tmp_path):
+    save_randar(model, tmp_path / "a.pt")
+    before = torch.get_rng_state()  # a large model's would take seconds, all to be overwritten
+    load_randar(tmp_path / "a.pt")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_safetensors_load(tmp_path):
@@ -71,18 +85,34 @@ def test_a_truncated_checkpoint_is_named(model, tmp_path, share):
     assert "truncated" in complaint(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("content", [
-    {"config": {"channels": 64}, "model": {"encoder.conv_in.weight": torch.zeros(3)}},  # a tokenizer
-    {"model": {"quantize.embedding.weight": torch.zeros(3)}},  # LlamaGen's
-    {"tok_embeddings.weight": torch.zeros(4)},
-    {"tok_embeddings.weight": torch.zeros(4, 8), "cls_embedding.embedding_table.weight": torch.zeros(4, 8)},
-    {"tok_embeddings.weight": torch.zeros(4, 8), "cls_embedding.embedding_table.weight": torch.zeros(4, 8),
-     "layers.0.attention.wqkv.weight": torch.zeros(24, 8)},
-    {}, [1, 2], torch.zeros(3),
+SMALL = {"tok_embeddings.weight": torch.zeros(4, 8),
+         "cls_embedding.embedding_table.weight": torch.zeros(4, 8)}
+
+
+@pytest.mark.parametrize("content, reason", [
+    ({"config": {"channels": 64}, "model": {"quantize.embedding.weight": torch.zeros(3)}}, "tokenizer"),
+    ({"model": {"quantize.embedding.weight": torch.zeros(3)}}, "it is a tokenizer, for --tokenizer"),
+    ({"quantize.embedding.weight": torch.zeros(3)}, "it is a tokenizer, for --tokenizer"),
+    ({"cls_token": torch.zeros(3), "blocks.0.attn.qkv.weight": torch.zeros(3)}, "no 'tok_embeddings.weight'"),
+    (SMALL, "no 'layers.0.attention.wo.weight'"),
+    (SMALL | {"layers.0.attention.wo.weight": torch.zeros(8, 8)}, "zero"),  # less than a head of 64 channels
+    ({"config": {"channels": 64}, "model": {}}, "channels"),
+    ({}, ""), ([1, 2], ""), (torch.zeros(3), ""),
 ])
-def test_a_file_that_holds_something_else_is_named(tmp_path, content):
+def test_a_file_that_holds_something_else_is_named(tmp_path, content, reason):
     torch.save(content, tmp_path / "other.pt")
     assert "holds no RandAR weights" in complaint(tmp_path / "other.pt")
+    assert reason in complaint(tmp_path / "other.pt")
+
+
+def test_what_does_not_fit_in_released_weights_is_named(tmp_path):
+    state = small_model(grid=(16, 16), dim=128, n_head=2).state_dict()
+    for change, reason in (({"layers.0.ffn_norm.weight": None}, 'Missing key.* "layers.0.ffn_norm.weight"'),
+                           ({"norm.weight": torch.zeros(64)}, r"size mismatch for norm.weight: .*64.*128"),
+                           ({"extra": torch.zeros(1)}, 'Unexpected key.* "extra"')):
+        content = {name: x for name, x in (state | change).items() if x is not None}
+        torch.save(content, tmp_path / "other.pt")
+        assert re.search(f"does not fit a RandAR .{reason}", complaint(tmp_path / "other.pt"))
 
 
 def test_weights_of_another_shape_are_named(model, tmp_path):

@@ -1,23 +1,20 @@
 """Images <-> tokens as a specification: what goes in, what comes out, what learns what, and how well."""
 
-import json
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import fill
-from helpers import GOLDEN, V, seeded, small_model, small_tokenizer, write_images
+from helpers import V, seeded, small_model, small_tokenizer, write_images
 from PIL import Image
 
 import common
 import tokenizer
 import toy
-import vqgan
 from randar import save_randar
 from tokenizer import psnr
-from vqgan import LLAMAGEN_VQ16, Codebook, Tokenizer, TokenizerConfig, load_tokenizer, save_tokenizer
+from vqgan import Codebook, Tokenizer, TokenizerConfig, load_tokenizer, save_tokenizer
 
 
 @pytest.fixture
@@ -186,7 +183,7 @@ def test_measure_is_the_mean_psnr_and_the_share_of_codes_in_use(tok, images):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files: ours and LlamaGen's
+# Files of ours; tests/test_released.py has those of others
 
 
 def test_a_tokenizer_comes_back_as_it_was_rounded_to_half_precision(tok, images, tmp_path):
@@ -199,14 +196,6 @@ def test_a_tokenizer_comes_back_as_it_was_rounded_to_half_precision(tok, images,
     save_tokenizer(loaded, tmp_path / "again.pt")
     assert torch.equal(load_tokenizer(tmp_path / "again.pt").decode(loaded.encode(images), (4, 6)),
                        loaded.decode(loaded.encode(images), (4, 6)))
-
-
-def test_llamagens_file_is_told_by_its_contents(tok, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(vqgan, "LLAMAGEN_VQ16", tok.config)  # 288 MB would be a long test
-    state = tok.state_dict() | {"quantize.codebook_used": torch.zeros(65536)}
-    torch.save({"model": state}, tmp_path / "vq_ds16_c2i.pt")
-    loaded = load_tokenizer(tmp_path / "vq_ds16_c2i.pt")
-    assert not loaded.training and (loaded.encode(images) == tok.encode(images)).all()
 
 
 def complaint(path, kind=ValueError):
@@ -244,30 +233,6 @@ def test_a_tokenizer_of_another_shape_is_named(tok, tmp_path):
     assert "does not fit its tokenizer" in complaint(tmp_path / "other.pt")
     torch.save(content | {"config": {"colour": 3}}, tmp_path / "other.pt")
     assert "does not fit its tokenizer" in complaint(tmp_path / "other.pt")
-
-
-@pytest.fixture(scope="module")
-def llamagen():
-    """The full-size tokenizer on the meta device: names and shapes without numbers."""
-    with torch.device("meta"):
-        return Tokenizer(LLAMAGEN_VQ16)
-
-
-def test_names_and_shapes_are_those_of_llamagens_released_weights(llamagen):
-    shapes = json.loads((GOLDEN / "state_dict_shapes.json").read_text())["llamagen_vq16"]
-    del shapes["quantize.codebook_used"]  # bookkeeping of their training
-    assert {name: list(tensor.shape) for name, tensor in llamagen.state_dict().items()} == shapes
-
-
-def test_tokens_and_pixels_are_those_of_the_released_code(llamagen):
-    golden = np.load(GOLDEN / "llamagen_vq16.npz")
-    weights = fill.state_for({name: tensor.shape for name, tensor in llamagen.state_dict().items()})
-    llamagen.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
-    assert (llamagen.encode(torch.from_numpy(golden["image01"]) * 2 - 1).numpy() == golden["tokens"]).all()
-    tokens = torch.from_numpy(golden["tokens"]).view(2, 4, 4)
-    with torch.no_grad():
-        decoded = llamagen.paint(llamagen.quantize.vectors(tokens)).numpy()  # not cut off at black and white
-    assert abs(decoded - golden["decoded"]).max() < 1e-3 * abs(golden["decoded"]).max()
 
 
 # ------------------------------------------------------------------------------------------------------------
