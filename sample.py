@@ -1,14 +1,28 @@
 """Draw pictures: python sample.py
 
 A checkpoint goes in, a labelled grid of pictures comes out. With no argument: the ten classes of the toy
-world.
+world. With released weights, python sample.py --ckpt randar_0.3b_llamagen_360k_bs_1024_lr_0.0004.safetensors
+--tokenizer vq_ds16_c2i.pt --classes 207 "red fox": classes of ImageNet by number or name.
+
+To measure quality, many pictures go into one file, here on eight GPUs, the same as on one:
+torchrun --nproc-per-node 8 sample.py --number 50000 --npz samples.npz
+
+    load_models                        a RandAR and the tokenizer that belongs to it
+    sample_batches                     the pictures themselves, the work shared among processes
+    names_of_classes, parse_classes    what the classes are called
+    draw_grid, draw_gif, write_npz     what becomes of the pictures
 """
 
+import difflib
 import math
 import pathlib
+import shutil
+import signal
+import zipfile
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import common
@@ -17,11 +31,125 @@ from randar import ORDERS, check_sampling, generation_order, load_randar, step_s
 from vqgan import load_tokenizer
 
 UNDECODED = 200  # the grey of places that are not decoded yet
+SHOWN = 12  # pictures of each class in the grid
+RELEASED = {16384: "LlamaGen's vq_ds16_c2i.pt", 1024: "MaskGIT's maskgit-vqgan-imagenet-f16-256.bin"}
 
 
 def decoding_steps(grid):
     """The default number of decoding steps: the paper's 88 for 16 x 16 tokens, and in proportion."""
     return max(1, round(math.prod(grid) * 88 / 256))
+
+
+def load_models(ckpt, tokenizer, device):
+    """(RandAR, Tokenizer) from files, in eval mode. tokenizer: a path, or None for tokenizer.pt beside ckpt.
+
+    Raises FileNotFoundError or ValueError where one is missing, or they do not belong together.
+    """
+    model = load_randar(ckpt, device)
+    codes, beside = model.config.vocab_size, pathlib.Path(ckpt).with_name("tokenizer.pt")
+    if tokenizer is None and not beside.is_file():
+        needed = RELEASED.get(codes, f"the one of {codes} codes that it was trained with")
+        raise FileNotFoundError(f"{ckpt} needs its tokenizer, and there is no {beside}: give --tokenizer "
+                                f"{needed}")
+    tokenizer = load_tokenizer(tokenizer or beside, device)
+    if tokenizer.config.codes != codes:
+        raise ValueError(f"{ckpt} knows {codes} codes, the tokenizer has {tokenizer.config.codes}: give "
+                         "--tokenizer the one that it was trained with")
+    return model, tokenizer
+
+
+def sample_batches(model, tokenizer, classes, seed, batch_size=64, rank=0, processes=1, *, order, **options):
+    """Draw an image of each class. Yields batches (pixels uint8 [b, H, W, 3], turns int32 [b, h, w]), NumPy.
+
+    turns: the decoding step in which each token was written. order: by name; options: steps, cfg, scg,
+    temperature, top_k, top_p, as RandAR.decode takes them. The batches are dealt out to the processes; all
+    of them must iterate, but only rank 0 gets to see the images. These are the same whatever the number of
+    processes: chance in a batch follows from the seed and the batch's number alone.
+    """
+    device, f = next(model.parameters()).device, tokenizer.config.downsampling
+    h, w = grid = model.config.grid
+    size = min(batch_size, len(classes))
+    batches = torch.as_tensor(classes).split(size)
+    with tqdm(total=len(classes), desc="sampling", unit=" images", dynamic_ncols=True,
+              disable=rank > 0) as bar:
+        for first in range(0, len(batches), processes):  # in each round a batch for each process
+            # In the last round some have less to do, or nothing; but all must send equally large tensors.
+            pixels = torch.zeros(size, h * f, w * f, 3, dtype=torch.uint8, device=device)
+            turns = torch.zeros(size, h * w, dtype=torch.int32, device=device)
+            if first + rank < len(batches):
+                part = batches[first + rank].to(device)
+                generator = torch.Generator(device).manual_seed(seed + 1_000_003 * (first + rank))
+                positions = generation_order(order, len(part), grid, generator, device)
+                tokens = torch.zeros_like(positions)
+                for i, step in enumerate(model.decode(part, positions, generator=generator, **options)):
+                    tokens.scatter_(1, step.positions, step.tokens)
+                    turns[: len(part)].scatter_(1, step.positions, i)
+                images = common.to_uint8(tokenizer.decode(tokens, grid))
+                pixels[: len(part)] = torch.from_numpy(images)
+            gathered = zip(gather(pixels, rank, processes), gather(turns.view(-1, h, w), rank, processes))
+            for part, (pixels, turns) in zip(batches[first : first + processes], gathered):
+                bar.update(len(part))
+                yield pixels[: len(part)].cpu().numpy(), turns[: len(part)].cpu().numpy()
+
+
+def gather(x, rank, processes):
+    """The tensors x of all processes, equal in shape and dtype: a list of them on rank 0, [] elsewhere."""
+    if processes == 1:
+        return [x]
+    parts = [torch.empty_like(x) for _ in range(processes)] if rank == 0 else None
+    dist.gather(x, parts)
+    return parts or []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the classes are called
+
+
+def names_of_classes(class_names, number):
+    """All names of each class, the most readable one first: a list of `number` tuples of str.
+
+    class_names: list of str, those of a checkpoint or a token folder, or None. Where they are WordNet ids,
+    as folders of ImageNet are called, or numbers of ImageNet's 1,000 classes, English names are added.
+    """
+    file = pathlib.Path(__file__).resolve().with_name("imagenet_classes.txt")
+    imagenet = [line.split(" ", 1) for line in file.read_text().splitlines()]  # [WordNet id, name] each
+    known = {wordnet: (name, wordnet) for wordnet, name in imagenet}
+    if number == len(imagenet):
+        known |= {str(i): (name, wordnet, str(i)) for i, (wordnet, name) in enumerate(imagenet)}
+        class_names = class_names or [wordnet for wordnet, _ in imagenet]
+    if class_names is None:
+        return [(f"class {i}",) for i in range(number)]
+    return [known.get(name, (name,)) for name in class_names]
+
+
+def plain(name):
+    """Golden_Retriever, golden-retriever -> golden retriever."""
+    return name.lower().replace("_", " ").replace("-", " ")
+
+
+def parse_classes(words, names):
+    """Class numbers from numbers or names; names: as names_of_classes gives them.
+
+    Raises ValueError for a class that the model does not have, and for a name that several of them have.
+    """
+    classes = []
+    for word in words:
+        found = ([i for i, known in enumerate(names) if word in known]
+                 or [i for i, known in enumerate(names) if plain(word) in map(plain, known)])
+        if not found and word.isdecimal() and int(word) < len(names):
+            found = [int(word)]
+        if not found:
+            readable = {plain(known[0]): known[0] for known in names}
+            close = ([name for name in readable if plain(word) in name]
+                     or difflib.get_close_matches(plain(word), readable, n=5) or list(readable))
+            listed = ", ".join(readable[name] for name in close[:10]) + ", ..." * (len(close) > 10)
+            raise ValueError(f"no class {word!r}: give a number from 0 to {len(names) - 1} or a name "
+                             f"({listed})")
+        if len(found) > 1:
+            raise ValueError(f"{word!r} is the name of the classes {' and '.join(map(str, found))}: give the "
+                             "number of the one you mean")
+        classes += found
+    return classes
 
 
 def spread_classes(classes, rows=10, columns=8):
@@ -30,21 +158,23 @@ def spread_classes(classes, rows=10, columns=8):
     return torch.tensor(chosen).repeat_interleave(columns)
 
 
-def draw_grid(pixels, classes, class_names, title, columns=12):
-    """A labelled picture with a row for each class, its first `columns` images; missing ones stay white.
+# ------------------------------------------------------------------------------------------------------------
+# What becomes of the pictures
 
-    pixels: uint8 [n, H, W, 3]; classes: list of n ints; class_names: list of str or None.
-    Returns a PIL image.
+
+def draw_grid(pixels, classes, class_names, title):
+    """A labelled picture with a row for each class; where a class has fewer images, the rest stays white.
+
+    pixels: uint8 [n, H, W, 3]; classes: list of n ints; class_names: list of str, one for each class of the
+    model. Returns a PIL image.
     """
     rows = {label: [] for label in classes}
     for image, label in zip(pixels, classes):
-        if len(rows[label]) < columns:
-            rows[label].append(image)
+        rows[label].append(image)
     columns = max(map(len, rows.values()))
     white = np.full_like(pixels[0], 255)
     cells = np.stack([image for row in rows.values() for image in row + [white] * (columns - len(row))])
-    names = [class_names[label] if class_names else f"class {label}" for label in rows]
-    return common.picture_grid(cells, names, title)
+    return common.picture_grid(cells, [class_names[label] for label in rows], title)
 
 
 def draw_gif(pixels, turns, f, path, seconds=4.0):
@@ -66,53 +196,126 @@ def draw_gif(pixels, turns, f, path, seconds=4.0):
     common.save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def sample_images(model, tokenizer, classes, seed, batch_size=64, **options):
-    """Draw an image of each class: (images [n, 3, H, W] in [-1, 1], turns int64 [n, h, w]), both on the CPU.
+def write_npz(path, batches, classes, height, width):
+    """Write pictures as ADM's evaluation reads them: arr_0 uint8 [n, height, width, 3], arr_1 labels int64.
 
-    turns: the decoding step in which each token was written. options: order, steps, cfg, scg, temperature,
-    top_k, top_p, as RandAR.decode takes them (order by name).
+    batches: an iterator of uint8 [b, height, width, 3], n in all; each is written before the next is drawn,
+    so that the memory does not grow with n. classes: list of n ints.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    h, w = grid = model.config.grid
-    name = options.pop("order")
-    images, turns = [], []
-    with tqdm(total=len(classes), desc="sampling", unit="image", dynamic_ncols=True) as bar:
-        for part in torch.as_tensor(classes, device=device).split(batch_size):
-            order = generation_order(name, len(part), grid, generator, device)
-            tokens, turn = torch.zeros_like(order), torch.zeros_like(order)
-            for i, step in enumerate(model.decode(part, order, generator=generator, **options)):
-                tokens.scatter_(1, step.positions, step.tokens)
-                turn.scatter_(1, step.positions, torch.full_like(step.tokens, i))
-            images.append(tokenizer.decode(tokens, grid).cpu())
-            turns.append(turn.view(-1, h, w).cpu())
-            bar.update(len(part))
-    return torch.cat(images), torch.cat(turns)
+    def write(partial):
+        with zipfile.ZipFile(partial, "w") as archive:  # which is what an .npz is: .npy files, not compressed
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, {
+                    "descr": "|u1", "fortran_order": False, "shape": (len(classes), height, width, 3)})
+                for pixels in batches:
+                    file.write(pixels.tobytes())
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, np.asarray(classes, np.int64))
+    common.write_safely(path, write)
 
 
-def parse_classes(words, class_names, number):
-    """Class numbers from numbers or names. Raises ValueError for one that the model does not have."""
-    classes = []
-    for word in words:
-        if class_names and word in class_names:
-            classes.append(class_names.index(word))
-        elif word.isdecimal() and int(word) < number:
-            classes.append(int(word))
-        else:
-            names = f" or a name ({', '.join(class_names[:10])})" if class_names else ""
-            raise ValueError(f"no class {word!r}: give a number from 0 to {number - 1}{names}")
-    return classes
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def draw(args, rank, processes, device):
+    """What the command line says; `rank` of several `processes` that share the work."""
+    # All that can be wrong is found before anything is drawn or written: each of these raises ValueError or
+    # OSError.
+    if common.picture_format(args.out) == "gif" and args.gif:
+        raise ValueError(f"--gif would overwrite {args.out}: end the name of --out in .png")
+    if args.npz and (pathlib.Path(args.npz).suffix != ".npz" or pathlib.Path(args.npz).is_dir()):
+        raise ValueError(f"cannot write pictures as {args.npz}: give a name that ends in .npz")
+    model, tokenizer = load_models(args.ckpt, args.tokenizer, device)
+    names = names_of_classes(model.class_names, model.config.num_classes)
+    if args.classes:
+        chosen = parse_classes(args.classes, names)
+    elif args.npz:
+        chosen = list(range(model.config.num_classes))
+    else:
+        chosen = spread_classes(range(model.config.num_classes), columns=1).tolist()
+    number = 8 * len(chosen) if args.number is None else args.number
+    for option, value in (("--number", number), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise ValueError(f"{option} must be at least 1, not {value}")
+    order = model.order if args.order is None else args.order
+    steps = decoding_steps(model.config.grid) if args.steps is None else args.steps
+    step_number = len(step_sizes(math.prod(model.config.grid), steps))
+    generation_order(order, 1, model.config.grid)
+    check_sampling(args.cfg, args.temperature, args.top_k, args.top_p, args.scg)
+    height, width = (side * tokenizer.config.downsampling for side in model.config.grid)
+    common.writable_folder(pathlib.Path(args.out).parent)
+    if args.npz:
+        folder = common.writable_folder(pathlib.Path(args.npz).parent, "--npz")
+        needed, free = number * height * width * 3, shutil.disk_usage(folder).free
+        if needed > free:
+            raise ValueError(f"{number} pictures need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+                             f"free in {folder}: give another place, --npz")
+
+    classes = [chosen[i % len(chosen)] for i in range(number)]
+    if not args.npz:  # measures of quality are computed over parts of the file: there they stay mixed
+        classes.sort(key=chosen.index)
+    rows = list(dict.fromkeys(classes))
+    rows = spread_classes(rows, columns=1).tolist() if args.npz else rows
+    shown = np.concatenate([np.flatnonzero(np.equal(classes, label))[:SHOWN] for label in rows])
+    shown.sort()
+    toy_world = model.class_names == toy.CLASSES
+    shown_pixels, shown_turns, judged = [], [], []
+
+    def batches():
+        """The pixels of each batch; what the picture and the judge are to see is kept on the way."""
+        first = 0
+        for pixels, turns in sample_batches(model, tokenizer, classes, args.seed, args.batch_size, rank,
+                                            processes, order=order, steps=steps, cfg=args.cfg, scg=args.scg,
+                                            temperature=args.temperature, top_k=args.top_k,
+                                            top_p=args.top_p):
+            here = shown[(first <= shown) & (shown < first + len(pixels))] - first
+            shown_pixels.append(pixels[here])
+            shown_turns.append(turns[here])
+            if toy_world:
+                judged.append(pixels)
+            first += len(pixels)
+            yield pixels
+
+    if rank > 0:
+        for _ in batches():
+            pass
+        return
+    if args.npz:
+        write_npz(args.npz, batches(), classes, height, width)
+        print(f"wrote {args.npz}: {number} pictures and their classes")
+    else:
+        for _ in batches():
+            pass
+    pixels, turns = np.concatenate(shown_pixels), np.concatenate(shown_turns)
+    labels = [classes[i] for i in shown]
+    title = (f"{step_number} steps, order {order}, cfg {args.cfg[0]:g} to {args.cfg[1]:g}, "
+             f"scg {args.scg:g}, seed {args.seed}")
+    common.save_picture(draw_grid(pixels, labels, [known[0] for known in names], title), args.out)
+    print(f"drew {number} pictures, wrote up to {SHOWN} of each class to {args.out}; {title}")
+    if args.gif:
+        path = pathlib.Path(args.out).with_suffix(".gif")
+        first = [labels.index(label) for label in dict.fromkeys(labels)]  # one picture of each class
+        draw_gif(pixels[first], turns[first], tokenizer.config.downsampling, path)
+        print(f"wrote {path}")
+    if toy_world and number > 1:
+        verdict = toy.judge(common.from_uint8(np.concatenate(judged)), torch.tensor(classes))
+        print(f"the judge sees the class asked for in {verdict['accuracy']:.1%} of them")
+        if number >= 500 and len(chosen) == len(names):  # fewer, or of some classes only, do not compare
+            print(f"Frechet distance to fresh pictures {verdict['frechet']:.2f} (1,000 fresh ones: 0.26)")
 
 
 def main():
     parser = common.command_line(__doc__)
     parser.add_argument("--ckpt", default=common.CHECKPOINTS / "randar_toy.pt",
                         help="weights of train.py or released ones (default: the toy model that ships)")
-    parser.add_argument("--tokenizer", help="default: tokenizer.pt beside the checkpoint")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="numbers or names (default: ten)")
+    parser.add_argument("--tokenizer", help="ours or a released one (default: tokenizer.pt beside --ckpt)")
+    parser.add_argument("--classes", nargs="+", metavar="CLASS",
+                        help="numbers or names (default: ten, with --npz all in turn)")
     parser.add_argument("--number", type=int, help="pictures in all (default: 8 of each class)")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
     parser.add_argument("--steps", type=int, help="of decoding, -1: one a token (default: 88 per 256 tokens)")
-    parser.add_argument("--order", default="random", help=f"one of {', '.join(ORDERS)} (default: random)")
+    parser.add_argument("--order", help=f"one of {', '.join(ORDERS)} (default: that of its training)")
     parser.add_argument("--cfg", nargs=2, type=float, default=(1.0, 4.0), metavar=("START", "END"),
                         help="classifier-free guidance, rising from START to END (default: 1 4)")
     parser.add_argument("--scg", type=float, default=1.0, help="spatial contextual guidance (default: 1)")
@@ -123,50 +326,12 @@ def main():
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     parser.add_argument("--out", default="samples.png", help="the picture to write (default: samples.png)")
     parser.add_argument("--gif", action="store_true", help="also an animation of the decoding, beside --out")
+    parser.add_argument("--npz", metavar="FILE", help="also all pictures, for evaluate.py, in ADM's format")
     args = parser.parse_args()
     with common.one_line_errors():
-        device = common.pick_device(args.device)
-        if common.picture_format(args.out) == "gif" and args.gif:
-            raise ValueError(f"--gif would overwrite {args.out}: end the name of --out in .png")
-        model = load_randar(args.ckpt, device)
-        beside = pathlib.Path(args.ckpt).with_name("tokenizer.pt")
-        tokenizer = load_tokenizer(args.tokenizer or beside, device)
-        if tokenizer.config.codes != model.config.vocab_size:
-            raise ValueError(f"{args.ckpt} knows {model.config.vocab_size} codes, the tokenizer has "
-                             f"{tokenizer.config.codes}: give --tokenizer the one that it was trained with")
-        names = model.class_names
-        if args.classes:
-            chosen = parse_classes(args.classes, names, model.config.num_classes)
-        else:
-            chosen = spread_classes(range(model.config.num_classes), columns=1).tolist()
-        number = 8 * len(chosen) if args.number is None else args.number
-        if number < 1:
-            raise ValueError(f"--number must be at least 1, not {number}")
-        classes = sorted((chosen[i % len(chosen)] for i in range(number)), key=chosen.index)
-        steps = decoding_steps(model.config.grid) if args.steps is None else args.steps
-        # All that can be wrong is found before anything is drawn or written: each of these raises ValueError.
-        step_sizes(math.prod(model.config.grid), steps)
-        generation_order(args.order, 1, model.config.grid)
-        check_sampling(args.cfg, args.temperature, args.top_k, args.top_p, args.scg)
-        common.writable_folder(pathlib.Path(args.out).parent)
-        images, turns = sample_images(model, tokenizer, classes, args.seed, order=args.order, steps=steps,
-                                      cfg=args.cfg, scg=args.scg, temperature=args.temperature,
-                                      top_k=args.top_k, top_p=args.top_p)
-        pixels = common.to_uint8(images)
-        title = (f"{turns.max() + 1} steps, order {args.order}, cfg {args.cfg[0]:g} to {args.cfg[1]:g}, "
-                 f"scg {args.scg:g}, seed {args.seed}")
-        common.save_picture(draw_grid(pixels, classes, names, title), args.out)
-        print(f"drew {number} pictures, wrote up to 12 of each class to {args.out}; {title}")
-        if args.gif:
-            path = pathlib.Path(args.out).with_suffix(".gif")
-            first = [classes.index(label) for label in dict.fromkeys(classes)]  # one picture of each class
-            draw_gif(pixels[first], turns[first].numpy(), tokenizer.config.downsampling, path)
-            print(f"wrote {path}")
-        if names == toy.CLASSES and number > 1:
-            verdict = toy.judge(images, torch.tensor(classes))
-            print(f"the judge sees the class asked for in {verdict['accuracy']:.1%} of them")
-            if number >= 500 and len(chosen) == len(names):  # fewer, or of some classes only, do not compare
-                print(f"Frechet distance to fresh pictures {verdict['frechet']:.2f} (1,000 fresh ones: 0.26)")
+        # Ended by a cluster, or by torchrun as another process failed: as by Ctrl-C, no half a file stays.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        draw(args, *common.join_processes(args.device))
 
 
 if __name__ == "__main__":
