@@ -4,10 +4,12 @@
 
     python tokenizer.py train   [--data DIR]             on the toy world, or on a folder of class folders
     python tokenizer.py encode  --images DIR --out DIR   a folder of class folders -> a folder of tokens
+    python tokenizer.py pack    --tokens DIR --out DIR   the released ImageNet tokens -> a folder of tokens
 """
 
 import math
 import pathlib
+import signal
 
 import numpy as np
 import torch
@@ -104,7 +106,7 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, de
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The two commands
+# The commands
 
 
 def train_command(args):
@@ -140,19 +142,31 @@ def train_command(args):
 def encode_command(args):
     tokenizer = load_tokenizer(args.tokenizer, args.device)
     paths, labels, class_names = data.list_images(args.images)
-    size, skipped = args.image_size or tokenizer.config.image_size, []
-    batches = data.read_images(paths, size, skipped=skipped)
-    data.encode_images(batches, labels, class_names, pathlib.Path(args.images).resolve(), tokenizer,
-                       args.tokenizer, args.out, size, args.crops)
-    data.report_skipped(skipped)
-    folder = data.TokenFolder(args.out)
-    print(f"wrote {args.out}: {len(folder)} images of {len(class_names)} classes, {args.crops} crops each, "
-          f"{folder.grid[0]} x {folder.grid[1]} tokens")
+    try:
+        data.encode_images(paths, labels, class_names, pathlib.Path(args.images).resolve(), tokenizer,
+                           args.tokenizer, args.out, args.image_size or tokenizer.config.image_size,
+                           args.crops, args.batch_size, args.workers)
+    except torch.cuda.OutOfMemoryError:
+        raise ValueError(f"{args.batch_size} images at a time need more memory than {args.device} has: "
+                         "give a smaller --batch-size") from None
+    say_what_is_in(args.out)
+
+
+def pack_command(args):
+    tokenizer = load_tokenizer(args.tokenizer)
+    data.pack_tokens(args.tokens, tokenizer, args.tokenizer, args.out, args.workers)
+    say_what_is_in(args.out)
+
+
+def say_what_is_in(out):
+    folder = data.TokenFolder(out)
+    print(f"wrote {out}: {len(folder):,} images of {len(folder.class_names):,} classes, "
+          f"{folder.tokens.shape[1]} crops each, {folder.grid[0]} x {folder.grid[1]} tokens")
 
 
 def main():
     parser = common.command_line(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode|pack")
     train = commands.add_parser("train", help="train a small tokenizer, on the toy world or on --data")
     train.add_argument("--data", help="a folder of class folders of images (default: the toy world)")
     train.add_argument("--steps", type=int, default=3500, help="optimiser steps (default: 3500)")
@@ -162,17 +176,32 @@ def main():
     encode.add_argument("--images", required=True, help="a folder of class folders of images")
     encode.add_argument("--out", required=True, help="the token folder to write")
     encode.add_argument("--tokenizer", default=common.CHECKPOINTS / "tokenizer.pt", help="default: the toy's")
-    encode.add_argument("--crops", type=int, choices=(1, 2), default=2,
-                        help="1: the centre of each image, 2: and its mirror image (default: 2)")
+    encode.add_argument("--crops", type=int, choices=(1, 2, 10), default=2,
+                        help="1: the centre of each image; 2: and its mirror image; 10: the paper's, "
+                        "corners and centre, and their mirror images (default: 2)")
+    encode.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    pack = commands.add_parser("pack", help="turn the released ImageNet tokens into a folder of tokens")
+    pack.add_argument("--tokens", required=True, help="a folder of folders 0, 1, 2, ... of .npy files")
+    pack.add_argument("--out", required=True, help="the token folder to write")
+    pack.add_argument("--tokenizer", required=True, help="the one that made the tokens")
+    for command in (encode, pack):
+        command.add_argument("--workers", type=int,
+                             help="processes that read files (default: one a core, at most 16)")
     for command in (train, encode):
         command.add_argument("--image-size", type=int, help="pixels (default: the tokenizer's own)")
         command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     args = parser.parse_args()
     with common.one_line_errors():
-        args.device = common.pick_device(args.device)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's wish to stop is like Ctrl-C
+        if args.command != "pack":
+            args.device = common.pick_device(args.device)
         if args.command == "train" and args.steps < 1:
             raise ValueError(f"--steps must be at least 1, not {args.steps}")
-        {"train": train_command, "encode": encode_command}[args.command](args)
+        if args.command == "encode" and args.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
+        if args.command != "train" and args.workers is not None and args.workers < 0:
+            raise ValueError(f"--workers must be at least 0, not {args.workers}")
+        {"train": train_command, "encode": encode_command, "pack": pack_command}[args.command](args)
 
 
 if __name__ == "__main__":

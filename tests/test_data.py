@@ -1,17 +1,19 @@
 """What training reads: folders of images, which become folders of tokens, wholly or not at all."""
 
+import concurrent.futures
 import json
+import os
 import pathlib
 
 import numpy as np
 import pytest
 import torch
-from helpers import V, files_of, small_tokenizer, write_images
+from helpers import V, small_tokenizer, write_images
 from PIL import Image
 
 import common
 import data
-from data import TokenFolder, encode_images, list_images, read_image
+from data import ImageFiles, TokenFolder, encode_images, list_images, read_files, read_image
 
 
 @pytest.fixture
@@ -26,8 +28,9 @@ def photos(tmp_path):
 def test_classes_are_the_folders_in_alphabetical_order(tmp_path):
     folder = write_images(tmp_path / "photos", names=("dog", "Ant", "cat"), number=2)
     paths, labels, names = list_images(folder)
-    assert names == ["Ant", "cat", "dog"] and labels == [0, 0, 1, 1, 2, 2]
-    assert paths[:3] == [folder / "Ant" / "0.png", folder / "Ant" / "1.png", folder / "cat" / "0.png"]
+    assert names == ["Ant", "cat", "dog"] and labels.tolist() == [0, 0, 1, 1, 2, 2]
+    expected = [folder / "Ant" / "0.png", folder / "Ant" / "1.png", folder / "cat" / "0.png"]
+    assert [*map(os.fsdecode, paths[:3])] == [*map(str, expected)]
 
 
 def test_images_may_lie_deeper_and_other_files_are_no_images(photos):
@@ -36,8 +39,15 @@ def test_images_may_lie_deeper_and_other_files_are_no_images(photos):
     (photos / "cat" / "notes.txt").write_text("no image")
     (photos / ".hidden").mkdir()
     paths, labels, names = list_images(photos)
-    assert labels == [0, 0, 0, 1, 1, 1] and names == ["cat", "dog"]
-    assert photos / "cat" / "more" / "UPPER.PNG" in paths
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and names == ["cat", "dog"]
+    assert os.fsencode(photos / "cat" / "more" / "UPPER.PNG") in paths
+
+
+def test_file_names_are_one_array_that_forked_workers_share(photos):
+    (photos / "cat" / "ein Bär, très long.png").touch()
+    paths, _, _ = list_images(photos)
+    assert paths.dtype.kind == "S" and paths.shape == (7,) and paths.nbytes < 7 * 200
+    assert all(os.path.isfile(path) for path in paths)
 
 
 def test_a_folder_without_images_is_an_error_that_names_the_remedy(tmp_path):
@@ -67,6 +77,13 @@ def test_an_image_is_its_centre_with_the_shorter_edge_resized(tmp_path):
         image = read_image(tmp_path / name, 10)
         assert image.shape == (10, 10, 3) and image.dtype == np.uint8
         assert abs(image[2:-2, 2:-2] - np.array([0, 200, 0])).max() < 8  # resizing softens the edges
+
+
+def test_an_image_is_resized_by_antialiased_bicubic_interpolation(tmp_path):
+    picture = Image.effect_noise((96, 64), 80).convert("RGB")
+    picture.save(tmp_path / "a.png")
+    expected = picture.resize((24, 16), Image.BICUBIC).crop((4, 0, 20, 16))
+    assert abs(read_image(tmp_path / "a.png", 16).astype(int) - np.asarray(expected)).max() <= 1
 
 
 def test_a_camera_held_upside_down_is_put_right(tmp_path):
@@ -101,34 +118,34 @@ def test_a_damaged_image_is_an_oserror(tmp_path, ending):
             read_image(path, 16)
 
 
-def test_unreadable_images_are_skipped_counted_and_named(tmp_path, capsys):
+def test_files_are_read_in_order_and_the_unreadable_ones_are_marked(tmp_path):
     folder = write_images(tmp_path / "photos", number=4)
     (folder / "cat" / "1.png").write_text("no image")
     (folder / "dog" / "2.png").write_bytes((folder / "dog" / "2.png").read_bytes()[:200])
     paths, _, _ = list_images(folder)
-    skipped = []
-    batches = list(data.read_images(paths, 8, batch_size=3, skipped=skipped))  # by two workers
-    assert [i for indices, _ in batches for i in indices] == [0, 2, 3, 4, 5, 7]  # in their order
-    for indices, pixels in batches:
-        assert all((image == read_image(paths[i], 8)).all() for i, image in zip(indices, pixels, strict=True))
-    data.report_skipped(skipped)
-    said = capsys.readouterr().out
-    assert f"skipped 2 unreadable images: {folder}/cat/1.png, {folder}/dog/2.png" in said
+    batches = list(read_files(ImageFiles(paths, 8), batch_size=3, workers=2))
+    assert [readable.tolist() for readable, _ in batches] == [[True, False, True], [True] * 3, [False, True]]
+    good = np.concatenate([readable for readable, _ in batches])
+    expected = np.stack([read_image(path, 8) for path in paths[good]])
+    assert (np.concatenate([pixels for _, pixels in batches]) == expected).all()
+    rest = list(read_files(ImageFiles(paths, 8), first=6, batch_size=3))
+    assert len(rest) == 1 and rest[0][0].tolist() == [False, True] and (rest[0][1] == batches[2][1]).all()
 
 
-def test_of_many_unreadable_images_ten_are_named(capsys):
-    data.report_skipped([f"{i}.png" for i in range(10, 40)])
+def test_of_many_skipped_files_ten_are_named(capsys):
+    data.report_skipped([f"{i}.png" for i in range(10, 40)], "unreadable image")
     said = capsys.readouterr().out
     assert said.startswith("skipped 30 unreadable images: 10.png, ") and said.endswith("19.png, ...\n")
-    data.report_skipped([])
+    data.report_skipped([], "unreadable image")
     assert capsys.readouterr().out == ""
 
 
-def test_all_images_at_once_are_an_array_without_the_unreadable_ones(photos):
+def test_all_images_at_once_are_an_array_without_the_unreadable_ones(photos, capsys):
     (photos / "cat" / "0.png").write_text("no image")
     assert data.read_all(list_images(photos)[0], 8).shape == (5, 8, 8, 3)
+    assert f"skipped 1 unreadable image: {photos}/cat/0.png\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="none of the images is readable"):
-        data.read_all([photos / "cat" / "0.png"], 8)
+        data.read_all(list_images(photos)[0][:1], 8)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -138,8 +155,8 @@ def test_all_images_at_once_are_an_array_without_the_unreadable_ones(photos):
 def encode(photos, out, **changes):
     """encode_images on a folder, as the commands call it; changes replace its arguments."""
     paths, labels, names = list_images(photos)
-    arguments = dict(batches=data.read_images(paths, 16), labels=labels, class_names=names, source=photos,
-                     tokenizer=small_tokenizer(), tokenizer_path="tok.pt", out=out, size=16)
+    arguments = dict(images=paths, labels=labels, class_names=names, source=photos, size=16,
+                     tokenizer=small_tokenizer(), tokenizer_path="tok.pt", out=out)
     encode_images(**arguments | changes)
 
 
@@ -166,40 +183,35 @@ def test_the_second_crop_is_the_mirror_image(photos, tmp_path):
     assert (np.load(tmp_path / "one_crop" / "tokens.npy") == tokens[:, :1].numpy()).all()
 
 
-def test_without_the_unreadable_images_the_others_keep_their_classes(photos, tmp_path):
+def test_pixels_in_memory_are_encoded_as_files_are(photos, tmp_path):
+    encode(photos, tmp_path / "files")
+    encode(photos, tmp_path / "pixels", images=data.read_all(list_images(photos)[0], 16))
+    assert all((tmp_path / "files" / name).read_bytes() == (tmp_path / "pixels" / name).read_bytes()
+               for name in ("tokens.npy", "labels.npy", "meta.json"))
+
+
+def test_an_unreadable_image_keeps_its_row_which_is_no_image(photos, tmp_path, capsys):
     encode(photos, tmp_path / "all")
     (photos / "cat" / "1.png").write_text("no image")
     encode(photos, tmp_path / "some")
+    assert f"skipped 1 unreadable image: {photos}/cat/1.png\n" in capsys.readouterr().out
     everything, some = TokenFolder(tmp_path / "all"), TokenFolder(tmp_path / "some")
     kept = [0, 2, 3, 4, 5]
-    assert (some.tokens == everything.tokens[kept]).all() and (some.labels == everything.labels[kept]).all()
-
-
-def interrupted(batches):
-    """The first batch, and then Ctrl-C."""
-    yield next(batches)
-    raise KeyboardInterrupt
-
-
-def test_what_fails_in_the_middle_leaves_nothing(photos, tmp_path):
-    batches = data.read_images(list_images(photos)[0], 16, batch_size=4)
-    with pytest.raises(KeyboardInterrupt):
-        encode(photos, tmp_path / "tokens", batches=interrupted(batches))
-    assert list((tmp_path / "tokens").iterdir()) == []
-
-
-def test_what_fails_in_the_middle_leaves_the_tokens_that_were_there(photos, tmp_path):
-    encode(photos, tmp_path / "tokens", crops=1)
-    before = files_of(tmp_path / "tokens")
-    batches = data.read_images(list_images(photos)[0], 16, batch_size=4)
-    with pytest.raises(KeyboardInterrupt):
-        encode(photos, tmp_path / "tokens", batches=interrupted(batches))
-    assert files_of(tmp_path / "tokens") == before
+    assert np.load(tmp_path / "some" / "labels.npy").tolist() == [0, -1, 0, 1, 1, 1]
+    assert (some.tokens[1] == 0).all() and (some.tokens[kept] == everything.tokens[kept]).all()
+    assert len(some) == 5 and some.rows.tolist() == kept and some.labels.tolist() == [0, 0, 1, 1, 1]
+    tokens, labels = some.batch(0, 5)
+    seen = {(tuple(row), label) for row, label in zip(tokens.tolist(), labels.tolist())}
+    assert len(seen) == 5 and all((row, label) in {(tuple(crop), everything.labels[i]) for i in kept
+                                                   for crop in everything.tokens[i].tolist()}
+                                  for row, label in seen)
 
 
 def test_without_a_readable_image_there_is_no_token_folder(photos, tmp_path):
+    for path in photos.rglob("*.png"):
+        path.write_text("no image")
     with pytest.raises(ValueError, match="none of the images is readable"):
-        encode(photos, tmp_path / "tokens", batches=iter([]))
+        encode(photos, tmp_path / "tokens")
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
@@ -268,6 +280,41 @@ def test_a_batch_depends_on_its_number_its_size_and_the_seed_only(folder):
     assert not torch.equal(expected[0], second.batch(8, 4, seed=3)[0])
 
 
+def test_a_training_that_an_earlier_version_began_sees_the_same_images(folder):
+    assert images_of(*TokenFolder(folder).batch(2, 4, seed=3)) == ([3, 8, 4, 1], [1, 1, 1, 0])
+
+
+@pytest.mark.parametrize("part", [slice(1, None, 3), slice(4, 8), slice(0, 1), slice(None), slice(0, 0)])
+def test_a_part_of_a_batch_is_that_part_of_the_whole(folder, part):
+    tokens = TokenFolder(folder)
+    for number in (0, 1, 5):  # the second lies in two epochs
+        whole, some = tokens.batch(number, 8, seed=1), tokens.batch(number, 8, seed=1, part=part)
+        assert all(torch.equal(a[part], b) for a, b in zip(whole, some))
+
+
+def test_threads_may_ask_for_batches_at_the_same_time(folder):
+    tokens = TokenFolder(folder)
+    expected = [tokens.batch(number, 7) for number in range(60)]
+    data.epoch_order.cache_clear()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        batches = pool.map(lambda number: tokens.batch(number, 7), range(60))
+        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(expected, batches))
+
+
+def test_the_order_of_an_epoch_is_drawn_once(folder, monkeypatch):
+    data.epoch_order.cache_clear()
+    tokens = TokenFolder(folder)
+    for number in range(7):  # from the first epoch into the third
+        tokens.batch(number, 4)
+        tokens.batch(number, 4)
+    assert data.epoch_order.cache_info().misses == 3
+
+
+def test_the_tokens_stay_on_the_disk(folder):
+    tokens = TokenFolder(folder).tokens
+    assert isinstance(tokens, np.memmap) and tokens.mode == "r"
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-40])
 
@@ -296,7 +343,8 @@ def without(key):
     (lambda folder: np.save(folder / "tokens.npy", np.zeros((10, 1, 15), np.uint16)), "contradicts itself"),
     (lambda folder: np.save(folder / "labels.npy", np.zeros(9, np.int64)), "9 labels of 3 classes"),
     (lambda folder: np.save(folder / "labels.npy", np.full(10, 3)), "contradicts itself"),
-    (lambda folder: np.save(folder / "labels.npy", np.full(10, -1)), "contradicts itself"),
+    (lambda folder: np.save(folder / "labels.npy", np.full(10, -1)), "contradicts itself"),  # none readable
+    (lambda folder: np.save(folder / "labels.npy", np.arange(10) % 3 - 2), "contradicts itself"),
 ])
 def test_a_damaged_token_folder_is_an_error_in_one_line(folder, damage, problem):
     damage(folder)
