@@ -1,10 +1,12 @@
 """Train a RandAR: python train.py
 
 With no argument: the smallest model on the toy world, pictures within minutes. The recipe of the paper
-(Sec. 4.1) is --size L --data TOKENS; every number of it can be overridden.
+(Sec. 4.1) is --size L --data TOKENS; every number of it can be overridden. On many GPUs, the same command:
+torchrun --nproc-per-node 8 train.py --size XXL --data TOKENS.
 
-    RECIPES, learning_rate, make_optimizer    what the paper fixed
-    open_tokens                               the data: the toy world, a token folder, or a folder of images
+    RECIPE, learning_rate, make_optimizer     what the paper fixed
+    open_tokens, training_batch               the data: the toy world, a token folder, or a folder of images
+    training_flops, matrix_rate               what a step costs, and what the hardware could do
     draw_loss, draw_samples                   what people watch while it trains
     train                                     the loop
 
@@ -13,47 +15,64 @@ With no argument: the smallest model on the toy world, pictures within minutes. 
     out/tokenizer.pt   copied here, for sample.py      out/log.jsonl     a line of JSON per report
 """
 
+import contextlib
 import json
 import math
 import pathlib
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import matplotlib
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
 import data
 import toy
-from randar import SIZES, Config, RandAR, save_randar
-from sample import decoding_steps, draw_grid, spread_classes
+from randar import ORDERS, SIZES, Config, RandAR, generation_order, save_randar
+from sample import decoding_steps, draw_grid, names_of_classes, spread_classes
 from vqgan import load_tokenizer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the choice of a backend that needs no screen)
 
 # ------------------------------------------------------------------------------------------------------------
-# The recipe (Sec. 4.1)
+# The recipe (Sec. 4.1): each line is a flag of the command, too
 
-RECIPES = {name: dict(steps=360_000, batch_size=1024, micro_batch=32, learning_rate=4e-4) for name in SIZES}
-RECIPES["toy"] = dict(steps=1200, batch_size=64, micro_batch=64, learning_rate=3e-3)  # ours, for a laptop
-LAST_LEARNING_RATE = 1e-5
+RECIPE = {
+    "steps": (360_000, "optimiser steps"),
+    "batch_size": (1024, "images a step, of all processes together"),
+    "micro_batch": (32, "of these at a time, as many as fit into the memory"),
+    "learning_rate": (4e-4, "at its peak"),
+    "last_learning_rate": (1e-5, "in the end"),
+    "descent": (1 / 6, "share of the steps in which it falls"),
+    "weight_decay": (0.05, "of matrices"),
+    "clip": (1.0, "largest norm of the gradient"),
+    "dropout": (0.1, "of token embeddings, attention and feed-forward outputs"),
+    "class_dropout": (0.1, "how often the class is hidden"),
+    "picture_every": (500, "steps to a checkpoint and new pictures"),
+}
+TOY = dict(steps=1200, batch_size=64, micro_batch=64, learning_rate=3e-3, dropout=0.0, picture_every=250)
 TOY_IMAGES = 40_000
+BAD_STEPS = 10  # without a finite loss and gradient, in a row: after these the training stops
 
 
-def learning_rate(step, steps, peak):
-    """Constant for the first 5/6 of the steps, then linear to 1e-5."""
-    rest = (steps - step) / (steps / 6)  # 1 where the descent begins, 0 in the end
-    return LAST_LEARNING_RATE + (peak - LAST_LEARNING_RATE) * min(1.0, rest)
+def learning_rate(step, steps, peak, last=1e-5, descent=1 / 6):
+    """Constant for the first 5/6 of the steps, then linear to `last`."""
+    if step < steps * (1 - descent):
+        return peak
+    return last + (peak - last) * (steps - step) / (steps * descent)
 
 
-def make_optimizer(model, peak):
+def make_optimizer(model, peak, weight_decay=0.05):
     """AdamW; weight decay on matrices only: to pull a norm's scale towards zero would only do harm."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
 
 
@@ -61,7 +80,7 @@ def make_optimizer(model, peak):
 # The data
 
 
-def open_tokens(path, tokenizer_path, out, device):
+def open_tokens(path, tokenizer_path, out, device, processes=1):
     """The TokenFolder to train on, and the path of the tokenizer that made it.
 
     path: a token folder, a folder of class folders of images (turned into tokens in out/tokens first), or
@@ -78,6 +97,9 @@ def open_tokens(path, tokenizer_path, out, device):
         if tokenizer_path is None:
             raise ValueError(f"{path} holds images: give the --tokenizer that shall turn them into tokens "
                              "(python tokenizer.py train makes one)")
+        if processes > 1:
+            raise ValueError(f"{path} holds images: turn them into tokens first, python tokenizer.py encode; "
+                             "that is no work for many processes")
     tokenizer_path = pathlib.Path(tokenizer_path)
     if (encoded / "meta.json").is_file():  # from an earlier start: as good as new if nothing has changed
         tokens = data.TokenFolder(encoded)
@@ -89,15 +111,51 @@ def open_tokens(path, tokenizer_path, out, device):
     if path is None:
         common.writable_folder(encoded)  # to know it before a minute of drawing
         images, labels, _ = toy.make(TOY_IMAGES, seed=0)
-        batches = ((range(i, i + 250), images[i : i + 250]) for i in range(0, TOY_IMAGES, 250))
-        data.encode_images(batches, labels, toy.CLASSES, source, tokenizer, tokenizer_path, encoded, toy.SIDE,
+        data.encode_images(images, labels, toy.CLASSES, source, tokenizer, tokenizer_path, encoded, toy.SIDE,
                            crops=1)
     else:
-        size, skipped = tokenizer.config.image_size, []
-        data.encode_images(data.read_images(paths, size, skipped=skipped), labels, names, source, tokenizer,
-                           tokenizer_path, encoded, size)
-        data.report_skipped(skipped)
+        data.encode_images(paths, labels, names, source, tokenizer, tokenizer_path, encoded,
+                           tokenizer.config.image_size)
     return data.TokenFolder(encoded), tokenizer_path
+
+
+def training_batch(tokens, step, args, part):
+    """What step number `step` trains on: tokens [n, N], classes [n], orders [n, N], hidden classes bool [n].
+
+    part: a slice of the batch, the share of this process. All that chance decides follows from the seed and
+    the number of the step, for the whole batch: so a training that is resumed goes on exactly as it would
+    have, and many processes together see exactly what one alone would.
+    """
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    orders = generation_order(args.order, args.batch_size, tokens.grid, generator)  # afresh for every image
+    hidden = torch.rand(args.batch_size, generator=generator) < args.class_dropout
+    return *tokens.batch(step, args.batch_size, args.seed, part), orders[part], hidden[part]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What it costs
+
+
+def training_flops(model):
+    """Floating-point operations of one training image: a forward pass, and a backward pass twice as dear."""
+    config, number = model.config, math.prod(model.config.grid)
+    in_layers = sum(p.numel() for p in model.layers.parameters())  # each meets every one of 2 N tokens once
+    matrices = 2 * number * in_layers + number * model.output.weight.numel()
+    # Query by key, then weights by value: d multiplications each for every pair of tokens, half of which a
+    # causal model needs.
+    attention = config.n_layer * 2 * config.dim * (2 * number) ** 2 / 2
+    return 3 * 2 * (matrices + attention)  # 2: a multiplication and an addition
+
+
+def matrix_rate(device, dtype, side=8192, repeats=10):
+    """Operations a second that this device reaches in large matrix products: the peak to measure by."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        (a @ b)[0, 0].item()  # which waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / sorted(seconds)[repeats // 2]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -118,40 +176,63 @@ def draw_loss(log, path):
     pyplot.close(figure)
 
 
-def draw_samples(model, tokenizer, class_names, seed, title, path):
+def draw_samples(model, tokenizer, class_names, args, title, path):
     """Eight samples of ten classes; every time the same classes, orders and random numbers, to compare."""
     device = next(model.parameters()).device
     grid = model.config.grid
     classes = spread_classes(range(len(class_names)), rows=10, columns=8)
     model.eval()
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = model.generate(classes.to(device), steps=decoding_steps(grid), generator=generator)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    tokens = model.generate(classes.to(device), args.order, decoding_steps(grid), generator=generator)
     model.train()
     pixels = common.to_uint8(tokenizer.decode(tokens, grid))
-    common.save_picture(draw_grid(pixels, classes.tolist(), class_names, title), path)
+    names = [known[0] for known in names_of_classes(class_names, len(class_names))]
+    common.save_picture(draw_grid(pixels, classes.tolist(), names, title), path)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The loop
 
 
+class TrainingLoss(torch.nn.Module):
+    """The loss as a module of its own: DistributedDataParallel wraps a module, and calls its forward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, classes, orders, hidden):
+        return self.model.loss(tokens, classes, orders, hidden)
+
+
 def train(args):
     """Train as the command line says; see main. Writes the files that the top of this file lists."""
-    out = pathlib.Path(args.out)  # nothing is written there before all that can be wrong has been checked
-    device = common.pick_device(args.device)
-    tokens, tokenizer_path = open_tokens(args.data, args.tokenizer, out, device)
+    rank, processes, device = common.join_processes(args.device)
+    first_process, out = rank == 0, pathlib.Path(args.out)
+    if args.batch_size % processes:
+        raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: give a "
+                         "multiple of their number")
+    # Nothing is written before all that can be wrong has been checked. One process makes the tokens.
+    if first_process:
+        tokens, tokenizer_path = open_tokens(args.data, args.tokenizer, out, device, processes)
+    if processes > 1:
+        dist.barrier()
+    if not first_process:
+        tokens, tokenizer_path = open_tokens(args.data, args.tokenizer, out, device, processes)
     if not tokenizer_path.is_file():
         raise FileNotFoundError(f"the tokenizer {tokenizer_path} is missing: give its place with --tokenizer")
-    tokenizer = load_tokenizer(tokenizer_path, device)
-    if tokenizer.config.codes != tokens.codes:
+    tokenizer = load_tokenizer(tokenizer_path, device) if first_process else None
+    if first_process and tokenizer.config.codes != tokens.codes:
         raise ValueError(f"{tokenizer_path} has {tokenizer.config.codes} codes, but the tokens were made "
                          f"with {tokens.codes}: give --tokenizer the one that made them")
 
     torch.manual_seed(args.seed)
-    config = Config(tokens.grid, tokens.codes, len(tokens.class_names), **SIZES[args.size])
+    settings = SIZES[args.size] | dict(dropout=args.dropout, class_dropout=args.class_dropout)
+    config = Config(tokens.grid, tokens.codes, len(tokens.class_names), **settings)
     model = RandAR(config).to(device).train()
-    optimizer = make_optimizer(model, args.learning_rate)
-    first, log = 0, []
+    model.checkpoint_activations = args.checkpoint_activations
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
+    first, log, losses = 0, [], []  # losses: of the steps since the last line of the log
     if args.resume:
         saved = common.load(out / "training.pt", device)
         if "optimizer" not in saved or saved["config"] != asdict(config):
@@ -159,73 +240,119 @@ def train(args):
                              "resume with the --size and --data that it was started with")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first, log = saved["step"], saved["log"]
+        first, log, losses = saved["step"], saved["log"], saved["losses"]
+        del saved  # or it would hold a second copy of the whole training in memory
     if first >= args.steps:
         raise ValueError(f"{out} holds {first} steps already: ask for more with --steps")
-    common.writable_folder(out)
-    if tokenizer_path.resolve() != (out / "tokenizer.pt").resolve():
-        common.write_safely(out / "tokenizer.pt", lambda partial: shutil.copy(tokenizer_path, partial))
+    if first_process:
+        common.writable_folder(out)
+        if tokenizer_path.resolve() != (out / "tokenizer.pt").resolve():
+            common.write_safely(out / "tokenizer.pt", lambda partial: shutil.copy(tokenizer_path, partial))
 
     def save(step):
-        settings = {name: str(value) for name, value in vars(args).items() if value is not None}
-        del settings["resume"], settings["out"]
+        """training.pt alone is enough to go on, so a crash between two of these files costs nothing."""
+        kept = {name: value for name, value in vars(args).items() if value is not None}
+        del kept["resume"], kept["out"]
         save_randar(model, out / "training.pt", optimizer=optimizer.state_dict(), step=step, log=log,
-                    settings=settings, class_names=tokens.class_names)
-        save_randar(model, out / "randar.pt", half=True, class_names=tokens.class_names, step=step)
+                    losses=losses, settings=kept, class_names=tokens.class_names, order=args.order)
+        save_randar(model, out / "randar.pt", half=True, class_names=tokens.class_names, order=args.order,
+                    step=step)
         lines = "".join(json.dumps(line) + "\n" for line in log)
         common.write_safely(out / "log.jsonl", lambda partial: partial.write_text(lines))
+        if log:
+            draw_loss(log, out / "loss.png")
 
     # bfloat16 has the range of float32, so the loss needs no scaling; weights and averages stay in float32.
     precision = common.fast_precision(device)
+    if device.type == "cpu":  # or two threads would add up gradients in the order in which they come: a
+        torch.use_deterministic_algorithms(True)  # resumed training shall be the very same, to the last bit
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which only finds mistakes, and costs
     autocast = torch.autocast(device.type, precision, enabled=precision is not torch.float32)
-    loss_function = torch.compile(model.loss) if common.can_compile(device) else model.loss
-    print(f"RandAR-{args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-          f"on {len(tokens):,} images of {tokens.grid[0]} x {tokens.grid[1]} tokens. "
-          f"The first step may take a minute. Pictures appear in {out} every {args.picture_every} steps.")
-    stop = common.stop_at_signal()
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
-    losses, since = [], time.time()
+    network = TrainingLoss(model)
+    if processes > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    loss_function = torch.compile(network) if common.can_compile(device) else network
+    peak = matrix_rate(device, precision) * processes if device.type == "cuda" else None
+    if first_process:
+        print(f"RandAR-{args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+              f"on {len(tokens):,} images of {tokens.grid[0]} x {tokens.grid[1]} tokens. "
+              f"The first step may take a minute. Pictures appear in {out} every {args.picture_every} steps.")
+    if first_process and peak:
+        print(f"MFU is the share of {peak / 1e12:.0f} TFLOP/s, measured just now with products of two "
+              f"8192 x 8192 matrices in {str(precision).removeprefix('torch.')}")
+
+    share = args.batch_size // processes
+    part = slice(rank * share, (rank + 1) * share)
+    reader = ThreadPoolExecutor(1)  # reads the next batch from the disk while this one is computed
+    coming = reader.submit(training_batch, tokens, first, args, part)
+    stop, bad_steps, seconds, timed_steps = common.stop_at_signal(), 0, 0.0, 0
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True,
+               disable=not first_process)
     for step in bar:
-        # All that is random in a step (orders, dropout) follows from its number, so that a resumed training
-        # goes on exactly as it would have.
-        torch.manual_seed(args.seed * 1_000_003 + step)
-        rate = learning_rate(step, args.steps, args.learning_rate)
+        started = time.perf_counter()
+        rate = learning_rate(step, args.steps, args.learning_rate, args.last_learning_rate, args.descent)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch, classes = (x.to(device) for x in tokens.batch(step, args.batch_size, args.seed))
-        for part, part_classes in zip(batch.split(args.micro_batch), classes.split(args.micro_batch)):
-            with autocast:
-                loss = loss_function(part, part_classes) * (len(part) / len(batch))
-            loss.backward()  # the gradients of the parts add up to those of the whole batch
-            losses.append(loss.detach())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        batch = [x.to(device) for x in coming.result()]
+        coming = reader.submit(training_batch, tokens, step + 1, args, part)
+        # [the loss, 1 if this process was asked to stop]; added up over all processes
+        summary = torch.tensor([0.0, len(stop) > 0], device=device)
+        for place in range(0, share, args.micro_batch):
+            pieces = [x[place : place + args.micro_batch] for x in batch]
+            torch.manual_seed((args.seed * 1_000_003 + step) * 1_000_003 + part.start + place)  # of dropout
+            last = place + args.micro_batch >= share
+            with contextlib.nullcontext() if processes == 1 or last else network.no_sync():  # only then
+                with autocast:
+                    loss = loss_function(*pieces) * (len(pieces[0]) / share)
+                loss.backward()  # the gradients of the parts add up to those of the whole batch
+            summary[0] += loss.detach() / processes
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        if processes > 1:
+            dist.all_reduce(summary)
+        step_loss, asked_to_stop = summary.tolist()
+        if math.isfinite(step_loss) and math.isfinite(norm):
+            optimizer.step()
+            losses.append(step_loss)
+            bad_steps = 0
+        else:  # such a gradient would spoil the weights and the optimiser's averages for good
+            bad_steps += 1
+            if first_process:
+                tqdm.write(f"step {step + 1} skipped: loss {step_loss:g}, norm of the gradient {norm:g}")
         optimizer.zero_grad(set_to_none=True)
+        seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
 
         done = step + 1
-        pause = bool(stop) or done == args.steps or done % args.picture_every == 0
-        if pause or done % args.report == 0:
-            steps_since = done - (log[-1]["step"] if log else 0)
-            mean_loss = (torch.stack(losses).sum() / steps_since).item()
-            speed = steps_since * args.batch_size / (time.time() - since)
-            log.append({"step": done, "images": done * args.batch_size, "loss": round(mean_loss, 5),
-                        "learning_rate": rate, "images_per_second": round(speed, 1)})
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {rate:.1e}, {speed:.0f} images/s")
-            if not math.isfinite(mean_loss):
-                raise ValueError(f"the loss is {mean_loss} at step {done}: lower --learning-rate")
-            if pause:
-                save(done)
-                draw_loss(log, out / "loss.png")
-            if pause and not stop:
-                title = f"RandAR-{args.size}, step {done:,}, loss {mean_loss:.3f}"
-                draw_samples(model, tokenizer, tokens.class_names, args.seed, title, out / "samples.png")
-            losses, since = [], time.time()
-        if stop:
+        if losses and (done % args.report == 0 or done == args.steps):
+            speed = timed_steps * args.batch_size / seconds
+            line = {"step": done, "images": done * args.batch_size,
+                    "loss": math.fsum(losses) / len(losses), "learning_rate": rate,
+                    "images_per_second": round(speed, 1),
+                    "tokens_per_second": round(speed * math.prod(tokens.grid))}
+            shown = f"loss {line['loss']:.3f}, lr {rate:.1e}, {speed:.0f} images/s"
+            if peak:
+                line["mfu"] = round(speed * training_flops(model) / peak, 4)
+                shown += f", MFU {line['mfu']:.0%}"
+            log.append(line)
+            bar.set_postfix_str(shown)
+            losses, seconds, timed_steps = [], 0.0, 0
+        if bad_steps == BAD_STEPS:
+            raise ValueError(f"the loss or its gradient was not finite in {BAD_STEPS} steps in a row, up to "
+                             f"step {done}: go on from the last checkpoint, --resume, with a lower "
+                             "--learning-rate")
+        if first_process and (asked_to_stop or done == args.steps or done % args.picture_every == 0):
+            save(done)
+            if not asked_to_stop:
+                title = f"RandAR-{args.size}, step {done:,}, loss {step_loss:.3f}"
+                draw_samples(model, tokenizer, tokens.class_names, args, title, out / "samples.png")
+        if asked_to_stop:
             bar.close()
-            print(f"saved step {done:,}; to go on: python train.py --resume --out {args.out}")
+            if first_process:
+                print(f"saved step {done:,}; to go on: python train.py --resume --out {args.out}")
             raise KeyboardInterrupt
-    print(f"loss {log[-1]['loss']:.3f}; see {out}/samples.png and {out}/loss.png; "
-          f"for more pictures: python sample.py --ckpt {out}/randar.pt")
+    reader.shutdown()
+    if first_process:
+        print(f"loss {log[-1]['loss']:.3f}; see {out}/samples.png and {out}/loss.png; "
+              f"for more pictures: python sample.py --ckpt {out}/randar.pt")
 
 
 def main():
@@ -235,13 +362,14 @@ def main():
     parser.add_argument("--tokenizer", help="default: what made the tokens; for the toy world, ours")
     parser.add_argument("--out", default="out", help="folder for weights and pictures (default: out)")
     parser.add_argument("--resume", action="store_true", help="go on with the training in --out")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
-    parser.add_argument("--batch-size", type=int, help="images a step (default: the recipe's)")
-    parser.add_argument("--micro-batch", type=int, help="of these at a time (default: the recipe's)")
-    parser.add_argument("--learning-rate", type=float, help="at its peak (default: the recipe's)")
+    parser.add_argument("--order", default="random", choices=ORDERS, metavar="ORDER",
+                        help="of the tokens: random, or raster for the paper's counterpart (default: random)")
+    for name, (value, text) in RECIPE.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(value),
+                            help=f"{text} (default: {value:g}; toy: {TOY.get(name, value):g})")
+    parser.add_argument("--checkpoint-activations", action="store_true",
+                        help="compute each layer twice, to keep less of it in memory")
     parser.add_argument("--report", type=int, default=20, help="steps to a line of the log (default: 20)")
-    parser.add_argument("--picture-every", type=int, default=250, metavar="STEPS",
-                        help="steps to a checkpoint and new pictures (default: 250)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     args = parser.parse_args()
@@ -258,12 +386,17 @@ def main():
         elif state.exists():
             raise ValueError(f"{args.out} holds a training already: add --resume to go on with it, or give "
                              "another folder with --out")
-        for name, value in RECIPES[args.size].items():
+        for name, (value, _) in RECIPE.items():
             if getattr(args, name) is None:
-                setattr(args, name, value)
-        for name in ("steps", "batch_size", "micro_batch", "learning_rate", "report", "picture_every"):
+                setattr(args, name, TOY.get(name, value) if args.size == "toy" else value)
+        for name in ("steps", "batch_size", "micro_batch", "learning_rate", "clip", "picture_every",
+                     "report"):
             if not getattr(args, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+        for name in ("last_learning_rate", "descent", "weight_decay", "dropout", "class_dropout"):
+            if not 0 <= getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be from 0 to below 1, not "
+                                 f"{getattr(args, name)}")
         train(args)
 
 

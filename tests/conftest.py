@@ -1,6 +1,10 @@
 """Makes the flat files importable, wherever pytest is started from; and what many tests start from."""
 
+import json
 import pathlib
+import shlex
+import shutil
+import signal
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -8,9 +12,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import pytest  # noqa: E402  (after the path)
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from helpers import N, V, seeded, small_model  # noqa: E402
+from helpers import SMALL, N, V, run_typed, seeded, small_model, small_tokenizer, write_images  # noqa: E402
 
+import common  # noqa: E402
+import sample  # noqa: E402
+import tokenizer  # noqa: E402
+import train  # noqa: E402
 from randar import generation_order  # noqa: E402
+from vqgan import save_tokenizer  # noqa: E402
 
 
 @pytest.fixture
@@ -36,3 +45,50 @@ def attention_calls(monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     return calls
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """A folder with photographs, a tokenizer, tokens, a training and its pictures, made by commands.
+
+    `said` maps each command to what it said.
+    """
+    folder = tmp_path_factory.mktemp("workshop")
+    write_images(folder / "photos", names=("dog", "cat"), number=4, size=(24, 20))
+    (folder / "photos" / "cat" / "0.png").write_text("no image")
+    save_tokenizer(small_tokenizer(), folder / "tok.pt")
+    said = {command: run_typed(line, folder) for command, line in {
+        "encode": "tokenizer.py encode --images photos --out tokens --tokenizer tok.pt",
+        "train": f"train.py --data tokens --steps 4 --picture-every 2 {SMALL} --out trained",
+        "sample": "sample.py --ckpt trained/randar.pt --out pictures/drawn.png --gif --steps 5"}.items()}
+    (folder / "said.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.fixture
+def said(workshop):
+    return json.loads((workshop / "said.json").read_text())
+
+
+@pytest.fixture
+def here(workshop, tmp_path, monkeypatch):
+    """A copy of the workshop as the current folder."""
+    shutil.copytree(workshop, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A function that runs a command line in this process: a new one needs seconds to start."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(common, "can_compile", lambda device: False)
+
+    def run(line):
+        script, *arguments = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        {"train.py": train, "sample.py": sample, "tokenizer.py": tokenizer}[script].main()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,6 +1,10 @@
-"""What several test files share: small models with weights that are far from zero, and a folder of images."""
+"""What several test files share: small models with weights far from zero, images, commands as typed."""
 
+import os
 import pathlib
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import torch
@@ -10,8 +14,11 @@ from PIL import Image
 from randar import Config, RandAR
 from vqgan import Tokenizer, TokenizerConfig
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 N, V, C = 16, 32, 5  # tokens, codes and classes of the small model
+SMALL = "--batch-size 4 --report 1"  # for train.py
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def small_model(**changes):
@@ -55,3 +62,22 @@ def write_images(folder, names=("cat", "dog"), number=3, size=(16, 16)):
 def files_of(folder):
     """All that is below a folder: {path: content, None for a folder}."""
     return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def typed(line, folder, processes=None):
+    """The command line for subprocess, in a new process; relative paths are those of `folder`.
+
+    processes: torchrun starts that many.
+    """
+    script, *arguments = shlex.split(line)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes else []), str(ROOT / script), *arguments]
+    return dict(args=command, cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE)
+
+
+def run_typed(line, folder, processes=None):
+    """Run a command to its end; returns what it wrote to stdout."""
+    process = subprocess.run(**typed(line, folder, processes), timeout=120)
+    assert process.returncode == 0, process.stderr
+    return process.stdout

@@ -1,96 +1,23 @@
-"""The commands as users type them: from images to pictures, interrupted and resumed, and mistyped."""
+"""The commands as users type them: from images to pictures, and mistyped."""
 
 import json
-import os
-import pathlib
 import re
-import shlex
 import shutil
-import signal
 import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import V, files_of, small_model, small_tokenizer, write_images
+from helpers import SMALL, V, files_of, small_model, small_tokenizer, typed, write_images
 from PIL import Image
 
 import common
 import data
 import sample
-import tokenizer
 import toy
 import train
 from randar import load_randar, save_randar
 from vqgan import load_tokenizer, save_tokenizer
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
-SMALL = "--batch-size 4 --report 1"
-
-
-def typed(line, folder):
-    """The command line for subprocess, in a new process; relative paths are those of `folder`."""
-    script, *arguments = shlex.split(line)
-    return dict(args=[sys.executable, str(ROOT / script), *arguments], cwd=folder, env=ENVIRONMENT, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def run_typed(line, folder):
-    """Run a command to its end; returns what it wrote to stdout."""
-    process = subprocess.run(**typed(line, folder), timeout=120)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    """A folder with photographs, a tokenizer, tokens, a training and its pictures, made by commands.
-
-    `said` maps each command to what it said.
-    """
-    folder = tmp_path_factory.mktemp("workshop")
-    write_images(folder / "photos", names=("dog", "cat"), number=4, size=(24, 20))
-    (folder / "photos" / "cat" / "0.png").write_text("no image")
-    save_tokenizer(small_tokenizer(), folder / "tok.pt")
-    said = {command: run_typed(line, folder) for command, line in {
-        "encode": "tokenizer.py encode --images photos --out tokens --tokenizer tok.pt",
-        "train": f"train.py --data tokens --steps 4 --picture-every 2 {SMALL} --out trained",
-        "sample": "sample.py --ckpt trained/randar.pt --out pictures/drawn.png --gif --steps 5"}.items()}
-    (folder / "said.json").write_text(json.dumps(said))
-    return folder
-
-
-@pytest.fixture
-def said(workshop):
-    return json.loads((workshop / "said.json").read_text())
-
-
-@pytest.fixture
-def here(workshop, tmp_path, monkeypatch):
-    """A copy of the workshop as the current folder."""
-    shutil.copytree(workshop, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """A function that runs a command line in this process: a new one needs seconds to start."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(common, "can_compile", lambda device: False)
-
-    def run(line):
-        script, *arguments = shlex.split(line)
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        {"train.py": train, "sample.py": sample, "tokenizer.py": tokenizer}[script].main()
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # From a folder of images to pictures
@@ -98,7 +25,7 @@ def run(monkeypatch):
 
 def test_encode_makes_a_token_folder_and_names_what_it_could_not_read(workshop, said):
     tokens = data.TokenFolder(workshop / "tokens")
-    assert tokens.tokens.shape == (7, 2, 16) and tokens.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert tokens.tokens.shape == (8, 2, 16) and tokens.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert tokens.class_names == ["cat", "dog"] and tokens.tokenizer == str(workshop / "tok.pt")
     assert "skipped 1 unreadable image: photos/cat/0.png" in said["encode"]
     assert "7 images of 2 classes, 2 crops each, 4 x 4 tokens" in said["encode"]
@@ -123,7 +50,8 @@ def test_the_log_has_one_json_object_a_line(workshop):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line["images"] for line in lines] == [4, 8, 12, 16]
     for line in lines:
-        assert line.keys() == {"step", "images", "loss", "learning_rate", "images_per_second"}
+        assert line.keys() == {"step", "images", "loss", "learning_rate", "images_per_second",
+                               "tokens_per_second"}
         assert 2 < line["loss"] < 5  # of an untrained model: ln 32 = 3.5
         assert line["learning_rate"] > 0 and line["images_per_second"] > 0
 
@@ -169,64 +97,6 @@ def test_images_are_encoded_again_only_if_they_or_the_tokenizer_changed(here, mo
         tokens, path = train.open_tokens(photos, tok, here / "new_training", torch.device("cpu"))
         assert len(encoded) == times and len(tokens) == {"photos": 7, "others": 6}[photos]
         assert str(path) == tok and tokens.codes == load_tokenizer(tok).config.codes
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Interrupted and resumed
-
-
-def test_an_interrupted_and_resumed_training_is_the_one_that_went_straight_on(here, run, monkeypatch, capsys):
-    monkeypatch.setattr(train, "TOY_IMAGES", 500)
-    batch = data.TokenFolder.batch
-
-    def press_ctrl_c_in_the_second_step(self, number, *rest):
-        if number == 1:
-            signal.raise_signal(signal.SIGINT)
-        return batch(self, number, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(data.TokenFolder, "batch", press_ctrl_c_in_the_second_step)
-        run(f"train.py --steps 4 {SMALL} --out stopped")  # with no --data: the toy world
-    assert stop.value.code == 130
-    assert "saved step 2; to go on: python train.py --resume --out stopped" in capsys.readouterr().out
-    assert common.load("stopped/training.pt")["step"] == 2
-    run("train.py --resume --out stopped")
-    run(f"train.py --data stopped/tokens --steps 4 {SMALL} --out straight")
-    stopped, straight = (common.load(f"{folder}/training.pt") for folder in ("stopped", "straight"))
-    assert stopped["step"] == straight["step"] == 4 and stopped["class_names"] == toy.CLASSES
-    assert [line["loss"] for line in stopped["log"]] == [line["loss"] for line in straight["log"]]
-    assert all(torch.equal(stopped["model"][name], x) for name, x in straight["model"].items())
-    for number, state in straight["optimizer"]["state"].items():
-        assert all(torch.equal(stopped["optimizer"]["state"][number][name], x) for name, x in state.items())
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(here, run):
-    line = f"train.py --data tokens --steps 100000 --picture-every 1 {SMALL} --out stopped"
-    process, end = subprocess.Popen(**typed(line, here)), time.time() + 90
-    while not (here / "stopped" / "randar.pt").exists() and process.poll() is None and time.time() < end:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors and "stopping after this step" in errors
-    step = common.load("stopped/training.pt")["step"]
-    assert f"saved step {step}; to go on: python train.py --resume --out stopped" in out
-    assert not list(here.rglob("*.partial"))
-    run(f"train.py --resume --out stopped --steps {step + 1}")
-    assert common.load("stopped/training.pt")["step"] == step + 1
-
-
-def test_more_steps_can_be_asked_for_when_all_are_done(here, run):
-    run("train.py --resume --out trained --steps 5")
-    assert len((here / "trained" / "log.jsonl").read_text().splitlines()) == 5
-
-
-def test_resuming_uses_the_tokenizer_that_was_copied_at_the_start(here, run):
-    run("tokenizer.py encode --images photos --out tokens --tokenizer tok.pt")
-    run(f"train.py --data tokens --steps 4 {SMALL} --out started")
-    save_tokenizer(small_tokenizer(codes=V - 1), "tok.pt")  # trained anew in the meantime
-    copied = (here / "started" / "tokenizer.pt").read_bytes()
-    run("train.py --resume --out started --steps 5")
-    assert (here / "started" / "tokenizer.pt").read_bytes() == copied
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -310,8 +180,8 @@ def muddle(workshop, tmp_path_factory):
         content = (folder / source).read_bytes()
         (folder / "cut" / name).write_bytes(content[: len(content) // 2])
     paths, labels, names = data.list_images(folder / "photos")
-    data.encode_images(data.read_images(paths, 8), labels, names, "photos", small_tokenizer(),
-                       folder / "tok.pt", folder / "tokens_2x2", size=8)
+    data.encode_images(paths, labels, names, "photos", small_tokenizer(), folder / "tok.pt",
+                       folder / "tokens_2x2", size=8)
     return folder
 
 
@@ -368,13 +238,15 @@ MISTAKES = {
     "sample.py --ckpt cut/randar.pt": "cut/randar.pt is not a readable checkpoint, it may be truncated",
     "sample.py --ckpt file.txt": "file.txt is not a readable checkpoint",
     "sample.py --ckpt tok.pt": "tok.pt holds no RandAR weights",
-    "sample.py --ckpt alone/randar.pt": "no checkpoint at alone/tokenizer.pt",
+    "sample.py --ckpt alone/randar.pt": "needs its tokenizer, .* no alone/tokenizer.pt: give --tokenizer the",
     f"{SAMPLE} --tokenizer cut/tok.pt": "may be truncated",
     f"{SAMPLE} --tokenizer other_tok.pt": "knows 32 codes, the tokenizer has 31: give --tokenizer",
     f"{SAMPLE} --classes 2": "no class '2': give a number from 0 to 1 or a name .cat, dog",
     f"{SAMPLE} --classes -1": "no class '-1'",
     f"{SAMPLE} --classes cat bird": "no class 'bird': give a number from 0 to 1 or a name",
+    f"{SAMPLE} --classes do": "no class 'do': give a number from 0 to 1 or a name .dog.$",
     f"{SAMPLE} --number 0": "--number must be at least 1, not 0",
+    f"{SAMPLE} --batch-size 0": "--batch-size must be at least 1, not 0",
     f"{SAMPLE} --steps 0 --out new/a.png": "steps must be at least 1 .*not 0",
     f"{SAMPLE} --steps -2": "steps must be at least 1 .*not -2",
     f"{SAMPLE} --order zigzag --out new/a.png": "unknown order 'zigzag': choose from random, raster, ",
@@ -384,6 +256,9 @@ MISTAKES = {
     f"{SAMPLE} --out file.txt/a.png": "cannot write into file.txt .*--out",
     f"{SAMPLE} --out a.bmp": "cannot write a picture as a.bmp: give a name that ends in .png or .gif",
     f"{SAMPLE} --out photos": "cannot write a picture as photos",
+    f"{SAMPLE} --npz new/drawn": "cannot write pictures as new/drawn: give a name that ends in .npz",
+    f"{SAMPLE} --npz file.txt/a.npz": "cannot write into file.txt .*give another place, --npz",
+    f"{SAMPLE} --number 1000000000000 --npz a.npz": "pictures need 768000.0 GB, and .* GB are free in",
     f"{SAMPLE} --device nonsense": "cannot use device 'nonsense' .*: try --device cpu",
 }
 
