@@ -11,10 +11,8 @@ import torch
 from helpers import SMALL, V, files_of, small_model, small_tokenizer, typed, write_images
 from PIL import Image
 
-import common
 import data
 import sample
-import toy
 import train
 from randar import load_randar, save_randar
 from vqgan import load_tokenizer, save_tokenizer
