@@ -51,7 +51,7 @@ def one_line_errors():
     except ValueError as error:
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        _say("stopped")
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -59,9 +59,13 @@ def one_line_errors():
 
 
 def _complain(text):
-    if os.environ.get("RANK", "0") == "0":  # the same mistake in each of many processes is said once
-        print("error: " + " ".join(text.split()), file=sys.stderr)
+    _say("error: " + " ".join(text.split()))
     return 2
+
+
+def _say(text):
+    if os.environ.get("RANK", "0") == "0":  # the same in each of many processes, it is said once
+        print(text, file=sys.stderr)
 
 
 def pick_device(name=None):
@@ -118,8 +122,8 @@ def stop_at_signal():
     stop, many = [], "WORLD_SIZE" in os.environ
 
     def ask_to_stop(number, frame):
-        if not stop and os.environ.get("RANK", "0") == "0":
-            print("\nstopping after this step" + " (once more: at once)" * (not many), file=sys.stderr)
+        if not stop:
+            _say("\nstopping after this step" + " (once more: at once)" * (not many))
         if not many:
             signal.signal(number, signal.SIG_DFL)
         stop.append(number)
