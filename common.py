@@ -4,7 +4,7 @@ pictures.
     command_line, one_line_errors   a user's mistake ends in one line that names the remedy, and exit code 2
     join_processes                  which of torchrun's processes this is, and on which device it works
     save, load, write_safely        checkpoints and pictures, written beside their place and then renamed
-    picture_grid, draw_loss_curve   what people would rather see than read
+    read_picture, picture_grid      what people would rather see than read
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"  # the small trained weights that ship
 
@@ -202,6 +202,22 @@ def to_uint8(images):
 def from_uint8(pixels):
     """numpy uint8 [n, h, w, 3] -> [n, 3, h, w] float in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def open_picture(path):
+    """The picture in a file as PIL's Image, RGB and upright. Raises OSError for one missing or unreadable."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file may raise anything in Pillow, and must not end a long work
+        raise OSError(f"unreadable image {os.fsdecode(path)}: {error}") from None
+
+
+def read_picture(path):
+    """The picture in a file, as large as it is: [3, H, W] in [-1, 1]. Raises OSError."""
+    return from_uint8(np.array(open_picture(path))[None])[0]
 
 
 def picture_grid(pixels, row_labels, title=""):

@@ -81,12 +81,7 @@ def read_image(path, size):
 
     Resized by bicubic interpolation with antialiasing, as ImageNet is for the released tokenizers.
     """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-        return np.asarray(ImageOps.fit(image, (size, size), Image.BICUBIC))
-    except Exception as error:  # a damaged file may raise anything in Pillow, and must not end a long work
-        raise OSError(f"unreadable image {os.fsdecode(path)}: {error}") from None
+    return np.asarray(ImageOps.fit(common.open_picture(path), (size, size), Image.BICUBIC))
 
 
 class ImageFiles(torch.utils.data.Dataset):
