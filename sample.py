@@ -7,7 +7,7 @@ world. With released weights, python sample.py --ckpt randar_0.3b_llamagen_360k_
 To measure quality, many pictures go into one file, here on eight GPUs, the same as on one:
 torchrun --nproc-per-node 8 sample.py --number 50000 --npz samples.npz
 
-    load_models                        a RandAR and the tokenizer that belongs to it
+    load_models                        a RandAR (or RAR) and the tokenizer that belongs to it
     sample_batches                     the pictures themselves, the work shared among processes
     names_of_classes, parse_classes    what the classes are called
     draw_grid, draw_gif, write_npz     what becomes of the pictures
@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 import common
 import toy
-from randar import ORDERS, check_sampling, generation_order, load_randar, step_sizes
+from randar import ORDERS, generation_order, load_randar, step_sizes
+from rar import ONE_BY_ONE, load_model
 from vqgan import load_tokenizer
 
 UNDECODED = 200  # the grey of places that are not decoded yet
@@ -40,12 +41,18 @@ def decoding_steps(grid):
     return max(1, round(math.prod(grid) * 88 / 256))
 
 
-def load_models(ckpt, tokenizer, device):
+def default_steps(model):
+    """That for the model's grid; -1, one token a step, for the models of rar.py that can do no other."""
+    return -1 if isinstance(model, ONE_BY_ONE) else decoding_steps(model.config.grid)
+
+
+def load_models(ckpt, tokenizer, device, load=load_randar):
     """(RandAR, Tokenizer) from files, in eval mode. tokenizer: a path, or None for tokenizer.pt beside ckpt.
 
-    Raises FileNotFoundError or ValueError where one is missing, or they do not belong together.
+    load: load_randar, or rar.load_model for any model that can be drawn from. Raises FileNotFoundError or
+    ValueError where one is missing, or they do not belong together.
     """
-    model = load_randar(ckpt, device)
+    model = load(ckpt, device)
     codes, beside = model.config.vocab_size, pathlib.Path(ckpt).with_name("tokenizer.pt")
     if tokenizer is None and not beside.is_file():
         needed = RELEASED.get(codes, f"the one of {codes} codes that it was trained with")
@@ -62,9 +69,9 @@ def sample_batches(model, tokenizer, classes, seed, batch_size=64, rank=0, proce
     """Draw an image of each class. Yields batches (pixels uint8 [b, H, W, 3], turns int32 [b, h, w]), NumPy.
 
     turns: the decoding step in which each token was written. order: by name; options: steps, cfg, scg,
-    temperature, top_k, top_p, as RandAR.decode takes them. The batches are dealt out to the processes; all
-    of them must iterate, but only rank 0 gets to see the images. These are the same whatever the number of
-    processes: chance in a batch follows from the seed and the batch's number alone.
+    temperature, top_k, top_p, as the model's decode takes them. The batches are dealt out to the processes;
+    all of them must iterate, but only rank 0 gets to see the images. These are the same whatever the number
+    of processes: chance in a batch follows from the seed and the batch's number alone.
     """
     device, f = next(model.parameters()).device, tokenizer.config.downsampling
     h, w = grid = model.config.grid
@@ -226,7 +233,7 @@ def draw(args, rank, processes, device):
         raise ValueError(f"--gif would overwrite {args.out}: end the name of --out in .png")
     if args.npz and (pathlib.Path(args.npz).suffix != ".npz" or pathlib.Path(args.npz).is_dir()):
         raise ValueError(f"cannot write pictures as {args.npz}: give a name that ends in .npz")
-    model, tokenizer = load_models(args.ckpt, args.tokenizer, device)
+    model, tokenizer = load_models(args.ckpt, args.tokenizer, device, load_model)
     names = names_of_classes(model.class_names, model.config.num_classes)
     if args.classes:
         chosen = parse_classes(args.classes, names)
@@ -239,10 +246,15 @@ def draw(args, rank, processes, device):
         if value < 1:
             raise ValueError(f"{option} must be at least 1, not {value}")
     order = model.order if args.order is None else args.order
-    steps = decoding_steps(model.config.grid) if args.steps is None else args.steps
-    step_number = len(step_sizes(math.prod(model.config.grid), steps))
-    generation_order(order, 1, model.config.grid)
-    check_sampling(args.cfg, args.temperature, args.top_k, args.top_p, args.scg)
+    options = dict(steps=default_steps(model) if args.steps is None else args.steps, cfg=args.cfg,
+                   scg=args.scg, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if args.power is not None:
+        if not isinstance(model, ONE_BY_ONE):
+            raise ValueError("--power is for RAR: the guidance of this model rises in a straight line")
+        options["power"] = args.power
+    step_number = len(step_sizes(math.prod(model.config.grid), options["steps"]))
+    one_order = generation_order(order, 1, model.config.grid, device=device)
+    model.decode(torch.zeros(1, dtype=torch.int64, device=device), one_order, **options)  # no step of it yet
     height, width = (side * tokenizer.config.downsampling for side in model.config.grid)
     common.writable_folder(pathlib.Path(args.out).parent)
     if args.npz:
@@ -266,9 +278,7 @@ def draw(args, rank, processes, device):
         """The pixels of each batch; what the picture and the judge are to see is kept on the way."""
         first = 0
         for pixels, turns in sample_batches(model, tokenizer, classes, args.seed, args.batch_size, rank,
-                                            processes, order=order, steps=steps, cfg=args.cfg, scg=args.scg,
-                                            temperature=args.temperature, top_k=args.top_k,
-                                            top_p=args.top_p):
+                                            processes, order=order, **options):
             here = shown[(first <= shown) & (shown < first + len(pixels))] - first
             shown_pixels.append(pixels[here])
             shown_turns.append(turns[here])
@@ -289,7 +299,8 @@ def draw(args, rank, processes, device):
             pass
     pixels, turns = np.concatenate(shown_pixels), np.concatenate(shown_turns)
     labels = [classes[i] for i in shown]
-    title = (f"{step_number} steps, order {order}, cfg {args.cfg[0]:g} to {args.cfg[1]:g}, "
+    power = "" if args.power is None else f" by power {args.power:g}"
+    title = (f"{step_number} steps, order {order}, cfg {args.cfg[0]:g} to {args.cfg[1]:g}{power}, "
              f"scg {args.scg:g}, seed {args.seed}")
     common.save_picture(draw_grid(pixels, labels, [known[0] for known in names], title), args.out)
     print(f"drew {number} pictures, wrote up to {SHOWN} of each class to {args.out}; {title}")
@@ -318,6 +329,8 @@ def main():
     parser.add_argument("--order", help=f"one of {', '.join(ORDERS)} (default: that of its training)")
     parser.add_argument("--cfg", nargs=2, type=float, default=(1.0, 4.0), metavar=("START", "END"),
                         help="classifier-free guidance, rising from START to END (default: 1 4)")
+    parser.add_argument("--power", type=float, metavar="P",
+                        help="RAR: guidance rises as 1 - cos(pi share^P) (default: in a straight line)")
     parser.add_argument("--scg", type=float, default=1.0, help="spatial contextual guidance (default: 1)")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0, help="the k most likely tokens only (default: all)")

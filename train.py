@@ -2,7 +2,8 @@
 
 With no argument: the smallest model on the toy world, pictures within minutes. The recipe of the paper
 (Sec. 4.1) is --size L --data TOKENS; every number of it can be overridden. On many GPUs, the same command:
-torchrun --nproc-per-node 8 train.py --size XXL --data TOKENS.
+torchrun --nproc-per-node 8 train.py --size XXL --data TOKENS. The models of rar.py are trained in the same
+way: --model rar for RAR, --position dense or merge for RandAR's ablations.
 
     RECIPE, learning_rate, make_optimizer     what the paper fixed
     open_tokens, training_batch               the data: the toy world, a token folder, or a folder of images
@@ -10,7 +11,7 @@ torchrun --nproc-per-node 8 train.py --size XXL --data TOKENS.
     draw_loss, draw_samples                   what people watch while it trains
     train                                     the loop
 
-    out/randar.pt      the weights, for sample.py      out/samples.png   what the model draws now
+    out/randar.pt      the weights (RAR's: rar.pt)     out/samples.png   what the model draws now
     out/training.pt    all of it, for --resume         out/loss.png      the curve
     out/tokenizer.pt   copied here, for sample.py      out/log.jsonl     a line of JSON per report
 """
@@ -33,8 +34,9 @@ from tqdm import tqdm
 import common
 import data
 import toy
-from randar import ORDERS, SIZES, Config, RandAR, generation_order, save_randar
-from sample import decoding_steps, draw_grid, names_of_classes, spread_classes
+from randar import ORDERS, SIZES, Config, generation_order
+from rar import KINDS, RAR_SIZES, RARConfig, randomness, save_model
+from sample import default_steps, draw_grid, names_of_classes, spread_classes
 from vqgan import load_tokenizer
 
 matplotlib.use("Agg")
@@ -129,6 +131,10 @@ def training_batch(tokens, step, args, part):
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     orders = generation_order(args.order, args.batch_size, tokens.grid, generator)  # afresh for every image
     hidden = torch.rand(args.batch_size, generator=generator) < args.class_dropout
+    if args.anneal:
+        random = generation_order("random", args.batch_size, tokens.grid, generator)
+        r = randomness(step, args.steps, *args.anneal)
+        orders = torch.where(torch.rand(args.batch_size, 1, generator=generator) < r, random, orders)
     return *tokens.batch(step, args.batch_size, args.seed, part), orders[part], hidden[part]
 
 
@@ -139,11 +145,12 @@ def training_batch(tokens, step, args, part):
 def training_flops(model):
     """Floating-point operations of one training image: a forward pass, and a backward pass twice as dear."""
     config, number = model.config, math.prod(model.config.grid)
-    in_layers = sum(p.numel() for p in model.layers.parameters())  # each meets every one of 2 N tokens once
-    matrices = 2 * number * in_layers + number * model.output.weight.numel()
+    length = number * (model.predicting.step or 1)  # 2 N tokens; N, where none are inserted
+    in_layers = sum(p.numel() for p in model.layers.parameters())  # each meets every one of them once
+    matrices = length * in_layers + number * model.output.weight.numel()
     # Query by key, then weights by value: d multiplications each for every pair of tokens, half of which a
     # causal model needs.
-    attention = config.n_layer * 2 * config.dim * (2 * number) ** 2 / 2
+    attention = config.n_layer * 2 * config.dim * length**2 / 2
     return 3 * 2 * (matrices + attention)  # 2: a multiplication and an addition
 
 
@@ -169,7 +176,7 @@ def draw_loss(log, path):
               marker="." if len(log) < 3 else None)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats a token")
-    axes.set_title(f"RandAR, {log[-1]['images']:,} images seen: loss {log[-1]['loss']:.3f}")
+    axes.set_title(f"{log[-1]['images']:,} images seen: loss {log[-1]['loss']:.3f}")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     common.write_safely(path, lambda partial: figure.savefig(partial, format="png"))
@@ -183,7 +190,7 @@ def draw_samples(model, tokenizer, class_names, args, title, path):
     classes = spread_classes(range(len(class_names)), rows=10, columns=8)
     model.eval()
     generator = torch.Generator(device).manual_seed(args.seed)
-    tokens = model.generate(classes.to(device), args.order, decoding_steps(grid), generator=generator)
+    tokens = model.generate(classes.to(device), args.order, steps=default_steps(model), generator=generator)
     model.train()
     pixels = common.to_uint8(tokenizer.decode(tokens, grid))
     names = [known[0] for known in names_of_classes(class_names, len(class_names))]
@@ -227,17 +234,22 @@ def train(args):
                          f"with {tokens.codes}: give --tokenizer the one that made them")
 
     torch.manual_seed(args.seed)
-    settings = SIZES[args.size] | dict(dropout=args.dropout, class_dropout=args.class_dropout)
-    config = Config(tokens.grid, tokens.codes, len(tokens.class_names), **settings)
-    model = RandAR(config).to(device).train()
+    kind = "rar" if args.model == "rar" else args.position
+    sizes, make_config = (RAR_SIZES, RARConfig) if kind == "rar" else (SIZES, Config)
+    settings = sizes[args.size] | dict(dropout=args.dropout, class_dropout=args.class_dropout)
+    config = make_config(tokens.grid, tokens.codes, len(tokens.class_names), **settings)
+    model = KINDS[kind](config).to(device).train()
+    name = "RAR" if kind == "rar" else "RandAR" if kind == "rope" else f"RandAR ({kind})"
+    name += f"-{args.size}"
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
     first, log, losses = 0, [], []  # losses: of the steps since the last line of the log
     if args.resume:
         saved = common.load(out / "training.pt", device)
-        if "optimizer" not in saved or saved["config"] != asdict(config):
-            raise ValueError(f"{out}/training.pt is not a --size {args.size} model of these tokens: "
-                             "resume with the --size and --data that it was started with")
+        if ("optimizer" not in saved or saved["config"] != asdict(config)
+                or saved.get("kind", "rope") != kind):  # RandAR's older files do not say their kind
+            raise ValueError(f"{out}/training.pt is not a --size {args.size} model of these tokens, or no "
+                             f"{name}: resume with the --size, --data, ... that it was started with")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first, log, losses = saved["step"], saved["log"], saved["losses"]
@@ -253,10 +265,10 @@ def train(args):
         """training.pt alone is enough to go on, so a crash between two of these files costs nothing."""
         kept = {name: value for name, value in vars(args).items() if value is not None}
         del kept["resume"], kept["out"]
-        save_randar(model, out / "training.pt", optimizer=optimizer.state_dict(), step=step, log=log,
-                    losses=losses, settings=kept, class_names=tokens.class_names, order=args.order)
-        save_randar(model, out / "randar.pt", half=True, class_names=tokens.class_names, order=args.order,
-                    step=step)
+        save_model(model, out / "training.pt", optimizer=optimizer.state_dict(), step=step, log=log,
+                   losses=losses, settings=kept, class_names=tokens.class_names, order=args.order)
+        save_model(model, out / f"{args.model}.pt", half=True, class_names=tokens.class_names,
+                   order=args.order, step=step)
         lines = "".join(json.dumps(line) + "\n" for line in log)
         common.write_safely(out / "log.jsonl", lambda partial: partial.write_text(lines))
         if log:
@@ -274,7 +286,7 @@ def train(args):
     loss_function = torch.compile(network) if common.can_compile(device) else network
     peak = matrix_rate(device, precision) * processes if device.type == "cuda" else None
     if first_process:
-        print(f"RandAR-{args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+        print(f"{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
               f"on {len(tokens):,} images of {tokens.grid[0]} x {tokens.grid[1]} tokens. "
               f"The first step may take a minute. Pictures appear in {out} every {args.picture_every} steps.")
     if first_process and peak:
@@ -342,7 +354,7 @@ def train(args):
         if first_process and (asked_to_stop or done == args.steps or done % args.picture_every == 0):
             save(done)
             if not asked_to_stop:
-                title = f"RandAR-{args.size}, step {done:,}, loss {step_loss:.3f}"
+                title = f"{name}, step {done:,}, loss {step_loss:.3f}"
                 draw_samples(model, tokenizer, tokens.class_names, args, title, out / "samples.png")
         if asked_to_stop:
             bar.close()
@@ -352,18 +364,25 @@ def train(args):
     reader.shutdown()
     if first_process:
         print(f"loss {log[-1]['loss']:.3f}; see {out}/samples.png and {out}/loss.png; "
-              f"for more pictures: python sample.py --ckpt {out}/randar.pt")
+              f"for more pictures: python sample.py --ckpt {out}/{args.model}.pt")
 
 
 def main():
     parser = common.command_line(__doc__)
-    parser.add_argument("--size", default="toy", choices=SIZES, help="of the model (default: toy)")
+    parser.add_argument("--model", default="randar", choices=("randar", "rar"), help="(default: randar)")
+    parser.add_argument("--size", default="toy", choices=SIZES | RAR_SIZES, help="(default: toy; B: RAR's)")
+    parser.add_argument("--position", default="rope", choices=("rope", "dense", "merge"),
+                        help="RandAR's position instruction tokens (default: rope; the others: rar.py)")
     parser.add_argument("--data", help="token folder or folder of class folders (default: the toy world)")
     parser.add_argument("--tokenizer", help="default: what made the tokens; for the toy world, ours")
     parser.add_argument("--out", default="out", help="folder for weights and pictures (default: out)")
     parser.add_argument("--resume", action="store_true", help="go on with the training in --out")
-    parser.add_argument("--order", default="random", choices=ORDERS, metavar="ORDER",
-                        help="of the tokens: random, or raster for the paper's counterpart (default: random)")
+    parser.add_argument("--order", choices=ORDERS, metavar="ORDER",
+                        help="of the tokens: random, or raster for the paper's counterpart (default: random; "
+                             "raster for RAR and with --anneal)")
+    parser.add_argument("--anneal", nargs=2, type=float, metavar=("START", "END"),
+                        help="random orders, from START on fewer and fewer, from END on only --order: "
+                             "shares of the steps from 0 to 1 (default: not at all; RAR: 0.5 0.75)")
     for name, (value, text) in RECIPE.items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value),
                             help=f"{text} (default: {value:g}; toy: {TOY.get(name, value):g})")
@@ -386,6 +405,17 @@ def main():
         elif state.exists():
             raise ValueError(f"{args.out} holds a training already: add --resume to go on with it, or give "
                              "another folder with --out")
+        if args.model == "rar" and args.position != "rope":
+            raise ValueError(f"--position {args.position} is of RandAR's models: leave out --model rar")
+        sizes = RAR_SIZES if args.model == "rar" else SIZES
+        if args.size not in sizes:
+            raise ValueError(f"--model {args.model} has the sizes {', '.join(sizes)}, not {args.size}")
+        if args.model == "rar" and args.anneal is None:
+            args.anneal = [0.5, 0.75]
+        if args.anneal and not 0 <= args.anneal[0] <= args.anneal[1] <= 1:
+            raise ValueError("--anneal takes two shares of the steps, 0 <= START <= END <= 1, not "
+                             f"{args.anneal[0]:g} {args.anneal[1]:g}")
+        args.order = args.order or ("raster" if args.anneal else "random")
         for name, (value, _) in RECIPE.items():
             if getattr(args, name) is None:
                 setattr(args, name, TOY.get(name, value) if args.size == "toy" else value)

@@ -57,7 +57,8 @@ def test_a_size_sets_the_papers_recipe_and_any_of_it_can_be_overridden(run, monk
 def batch_of(step, order="random", part=slice(None), **changes):
     """A training batch of 64 made-up images: tokens, classes, orders, hidden."""
     folder = SimpleNamespace(grid=(4, 4), batch=lambda number, size, seed, part: ("tokens", "classes"))
-    args = SimpleNamespace(**dict(seed=0, batch_size=64, class_dropout=0.1, order=order) | changes)
+    settings = dict(seed=0, batch_size=64, class_dropout=0.1, order=order, anneal=None)
+    args = SimpleNamespace(**settings | changes)
     return train.training_batch(folder, step, args, part)
 
 
