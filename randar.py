@@ -128,8 +128,7 @@ def generation_order(name, batch, grid, generator=None, device=None):
     elif name == "raster":
         key = positions
     elif name in ("spiral_in", "spiral_out"):  # clockwise from the top left to the middle, or that backwards
-        key = spiral_rank(row, column, h, w)
-        key = key if name == "spiral_in" else -key
+        key = spiral_rank(row, column, h, w) * (1 if name == "spiral_in" else -1)
     elif name == "z_curve":  # interleave the bits of row and column: quadrant by quadrant, at every scale
         key = sum((row >> bit & 1) << (2 * bit + 1) | (column >> bit & 1) << (2 * bit) for bit in range(16))
     elif name == "subsample":  # four coarse images one after the other
@@ -173,13 +172,12 @@ def step_sizes(number, steps):
         raise ValueError(f"steps must be at least 1 (or -1 for one token a step), not {steps}")
     if steps == -1 or steps >= number:
         return [1] * number
-    sizes, done = [], 0
+    sizes = []
     for k in range(steps):
         target = min(number, int((1 - math.cos(math.pi / 2 * (k + 1) / steps)) * number + 1))
         if k == 0 and steps > 1:
             target = 1  # as in the released code: nothing is there yet that two tokens could agree with
-        sizes.append(max(1, target - done))
-        done += sizes[-1]
+        sizes.append(max(1, target - sum(sizes)))
     return sizes
 
 
@@ -218,22 +216,23 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
     def queries_keys_values(self, x, rotation):
-        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # [b, n, heads, D] each
-        q, k = rotate(q, rotation[:, :, None]), rotate(k, rotation[:, :, None])
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, heads, n, D]
+        q_k_v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        return *rotate(q_k_v[:2], rotation[:, None]), q_k_v[2]  # [b, heads, n, D] each
 
     def forward(self, x, rotation, cache=None, place=0):
         """x [b, n, d], rotation [b, n, D / 2, 2] -> [b, n, d]; x comes after `place` tokens of the cache."""
-        n = x.shape[1]
         q, k, v = self.queries_keys_values(x, rotation)
         if cache is not None:
             k, v = cache.write(place, k, v)
-        if place == 0:  # training, and the first step: plain causal attention, no mask in memory
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:  # the n new tokens are the *last* of place + n: causal from the lower right corner
-            mask = torch.ones(n, place + n, dtype=torch.bool, device=x.device).tril(place)
+        if place > 0:  # the new tokens are the *last* ones: causal from the lower right corner
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(place)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return F.dropout(self.wo(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        elif x.device.type == "cpu":  # whose attention takes up to four times as long in bfloat16
+            with torch.autocast("cpu", enabled=False):
+                y = F.scaled_dot_product_attention(*(t.float() for t in (q, k, v)), is_causal=True)
+        else:  # training, and the first step: plain causal attention
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.dropout(self.wo(y.to(v.dtype).transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
 class FeedForward(nn.Module):
@@ -274,6 +273,9 @@ Step = namedtuple("Step", "positions tokens logits")
 
 
 class RandAR(nn.Module):
+    order = "random"  # that of its training; load_randar knows better
+    predicting = slice(1, None, 2)  # places of the sequence that predict: the position instruction tokens
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -293,9 +295,10 @@ class RandAR(nn.Module):
 
     # The parts of a sequence: embeddings [b, n, d] and rotations [b, n, D / 2, 2]
 
-    def position_instruction_tokens(self, rotation):
+    def position_instruction_tokens(self, rotation, positions=None):
         """P_i = RoPE(e, h_i, w_i) (Eq. 5) for rotation [b, n, D / 2, 2] -> [b, n, d].
 
+        positions: int64 [b, n]; the rotation says all, but another kind may want them (rar.Dense).
         Attention rotates their queries and keys a second time, like those of all tokens. This first rotation
         is what makes the *values* differ: without it every P_i would be the same vector, and tell nothing.
         """
@@ -317,7 +320,7 @@ class RandAR(nn.Module):
     def sequence(self, tokens, classes, order, angles=None):
         """[class, P_1, x_1, ..., P_N, x_N] of raster tokens [b, N]: [b, 1 + 2 N, d], and its rotation."""
         rotation = self.sequence_rotation(order, angles)  # [b, 1 + 2 N, D / 2, 2]
-        instructions = self.position_instruction_tokens(rotation[:, 1::2])  # P_1 .. P_N: [b, N, d]
+        instructions = self.position_instruction_tokens(rotation[:, 1::2], order)  # P_1 .. P_N: [b, N, d]
         image_tokens = self.tok_embeddings(tokens.gather(1, order))  # x_1 .. x_N: [b, N, d]
         image_tokens = F.dropout(image_tokens, self.config.dropout, self.training)
         pairs = torch.stack([instructions, image_tokens], dim=2).flatten(1, 2)  # P_1, x_1, .. [b, 2 N, d]
@@ -334,13 +337,13 @@ class RandAR(nn.Module):
 
     # Training (Alg. A)
 
-    def forward(self, tokens, classes, order, hidden=None):
+    def forward(self, tokens, classes, order, hidden=None, head=True):
         """Logits of every token of an image, each given the class and the tokens before it in the order.
 
         tokens: [b, N] int64 in raster order; classes: [b] int64, null_class for none; order: [b, N] int64, a
         permutation in each row; hidden: bool [b], whose class becomes null_class (None: in training a tenth,
-        at random). Returns [b, N, V], in the order given (not in raster order). Raises ValueError for shapes
-        that do not fit; to check values too, the host would wait for the device.
+        at random). Returns [b, N, V], in the order given (not in raster order); with head=False, what the
+        head would see, [b, N, d]. Raises ValueError for shapes that do not fit; values are not checked.
         """
         b, number = len(tokens), math.prod(self.config.grid)
         shapes = [list(x.shape) for x in (tokens, classes, order)]
@@ -349,17 +352,24 @@ class RandAR(nn.Module):
                              f"{self.config.grid}, got the shapes {str(shapes)[1:-1]}")
         if hidden is None:
             hidden = torch.rand(b, device=classes.device) < self.config.class_dropout * self.training
-        classes = torch.where(hidden, self.null_class, classes)
-        x, rotation = self.sequence(tokens, classes, order)
+        x, rotation = self.sequence(tokens, torch.where(hidden, self.null_class, classes), order)
         x = self.hidden_states(x[:, :-1], rotation[:, :-1])  # without the last image token: [b, 2 N, d]
-        return self.output(self.norm(x[:, 1::2]))  # only position instruction tokens predict: [b, N, V]
+        x = self.norm(x[:, self.predicting])  # the head runs on half of it: [b, N, d]
+        return self.output(x) if head else x
 
     def loss(self, tokens, classes, order=None, hidden=None):
         """Mean cross entropy in nats a token (Alg. A): a scalar. order: [b, N], or None for random ones."""
         if order is None:
             order = generation_order("random", len(tokens), self.config.grid, device=tokens.device)
-        logits = self(tokens, classes, order, hidden)  # [b, N, V]
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens.gather(1, order).flatten())
+        x, targets = self(tokens, classes, order, hidden, head=False), tokens.gather(1, order)
+        # The logits of all images would be the largest tensor of training. So those of a few at a time (at
+        # most 128 MB), and none kept: the backward pass computes them again, for 1% of a step at size L.
+        few = max(1, 2**25 // (order.shape[1] * self.config.vocab_size))
+
+        def summed(x, targets):
+            return F.cross_entropy(self.output(x).flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        return sum(checkpoint(summed, *part, use_reentrant=False, preserve_rng_state=False)
+                   for part in zip(x.split(few), targets.split(few))) / targets.numel()
 
     # Decoding (Alg. B)
 
@@ -394,9 +404,9 @@ class RandAR(nn.Module):
         class_token = self.cls_embedding.embedding_table(stream_classes)[:, None]  # [streams * b, 1, d]
 
         k, n = known_positions.shape[1], order.shape[1]
-        rotation = self.sequence_rotation(torch.cat([known_positions, order], dim=1), angles)
-        rotation = rotation.repeat(len(streams), 1, 1, 1)  # [streams * b, 1 + 2 (k + n), D / 2, 2]
-        instructions = self.position_instruction_tokens(rotation[:, 1::2])  # [streams * b, k + n, d]
+        positions = torch.cat([known_positions, order], dim=1).repeat(len(streams), 1)
+        rotation = self.sequence_rotation(positions, angles)  # [streams * b, 1 + 2 (k + n), D / 2, 2]
+        instructions = self.position_instruction_tokens(rotation[:, 1::2], positions)  # [.., k + n, d]
         caches = [KeyValueCache(len(class_token), self.config.n_head, 2 * (k + n), self.head_dim,
                                 class_token.dtype, order.device) for _ in self.layers]
 
@@ -515,8 +525,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logits = logits.scatter(-1, tokens, ordered.masked_fill(better >= top_p, -torch.inf))
     # The largest of p_i / E_i, with E_i exponentially distributed, is i with probability p_i. Unlike
     # torch.multinomial this never makes the host wait for the device.
-    exponential = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / exponential).argmax(-1)
+    return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
 
 
 def check_sampling(cfg, temperature, top_k, top_p, scg):
@@ -542,22 +551,30 @@ def save_randar(model, path, half=False, **more):
     common.save({"config": asdict(model.config), "model": state, **more}, path)
 
 
-def load_randar(path, device="cpu"):
+def randar_of(content, state):
+    """A RandAR as a file holds it: released ones have heads of 64 channels, and say the rest by shapes."""
+    if "config" in content:
+        return RandAR(Config(**content["config"]))
+    vocab_size, dim = len(state["tok_embeddings.weight"]), len(state["layers.0.attention.wo.weight"])
+    classes = len(state["cls_embedding.embedding_table.weight"]) - 1
+    n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+    return RandAR(Config((16, 16), vocab_size, classes, dim, n_layer, n_head=dim // 64))
+
+
+def load_randar(path, device="cpu", model_of=randar_of):
     """A RandAR from one of our checkpoints, or from released weights (.safetensors, .pt), in eval mode.
 
-    Released files hold no configuration: it is read off the shapes (heads of 64 channels, a 16 x 16 grid).
     model.class_names is a list of str, or None where the file names none; model.order is the order that it
-    was trained on, "random" unless the file says otherwise. Raises FileNotFoundError, or ValueError for a
-    file that is damaged or holds something else.
+    was trained on, "random" unless the file says otherwise; model_of is for rar.load_model, which knows other
+    models, too. Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
     """
     content = read_weights(path)
     try:
         state = content.get("model", content)
         if "quantize.embedding.weight" in state:
             raise ValueError("it is a tokenizer, for --tokenizer")
-        config = Config(**content["config"]) if "config" in content else config_of(state)
         with torch.device("meta"):  # shapes without numbers: all of these come from the file
-            model = RandAR(config)
+            model = model_of(content, state)
         model.to_empty(device=device).load_state_dict(state)
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else error
@@ -566,7 +583,7 @@ def load_randar(path, device="cpu"):
     except RuntimeError as error:  # torch names every parameter, one a line: the last one will do
         reason = str(error).splitlines()[-1].strip()[:180]
         raise ValueError(f"{path} does not fit a RandAR ({reason}): give another one") from None
-    model.class_names, model.order = content.get("class_names"), content.get("order", "random")
+    model.class_names, model.order = content.get("class_names"), content.get("order", model.order)
     return model.eval()
 
 
@@ -576,17 +593,8 @@ def read_weights(path):
         return common.load(path)
     try:
         from safetensors.torch import load_file
+        return load_file(path)
     except ImportError:
         raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
-    try:
-        return load_file(path)
     except Exception as error:  # safetensors raises a type of its own for a damaged file
         raise ValueError(f"{path} is not a readable safetensors file ({error}): download it again") from None
-
-
-def config_of(state):
-    """The Config of a released state dict, from the shapes of its tensors."""
-    vocab_size, dim = len(state["tok_embeddings.weight"]), len(state["layers.0.attention.wo.weight"])
-    return Config(vocab_size=vocab_size, dim=dim, n_head=dim // 64,
-                  num_classes=len(state["cls_embedding.embedding_table.weight"]) - 1,
-                  n_layer=1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers.")))
