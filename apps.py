@@ -1,4 +1,4 @@
-"""What RandAR does without further training: python apps.py inpaint (or edit, outpaint, extrapolate)
+"""What RandAR does without further training: python apps.py inpaint (edit, outpaint, extrapolate, ...)
 
 The model was trained to continue an image from *any* part of it, in any order. So whatever is known of an
 image goes first into the sequence, with its position instruction tokens, and the rest is decoded after it.
@@ -94,8 +94,8 @@ def missing_tokens(images, mask, tokenizer):
     h, w = token_grid(images, tokenizer)
     b, _, height, width = images.shape
     if mask.dtype != torch.bool or mask.shape not in ((height, width), (b, height, width)):
-        raise ValueError(f"the mask is {mask.dtype} {list(mask.shape)}: give a bool one of the image's size, "
-                         f"[{height}, {width}]")
+        raise ValueError(f"the mask, {mask.dtype} {list(mask.shape)}, does not fit: give a bool one of the "
+                         f"image's size, {height} x {width} pixels (height x width)")
     return F.max_pool2d(mask.expand(b, -1, -1).float(), tokenizer.config.downsampling) > 0  # any pixel
 
 
@@ -124,9 +124,10 @@ def margins(images, tokenizer, grid, corner):
     """How many tokens of the grid (H, W) lie to the left, right, above, below of the images, for F.pad."""
     h, w = token_grid(images, tokenizer)
     (height, width), (top, left) = grid, corner
+    if height < h or width < w:
+        raise ValueError(f"a grid of {height} x {width} tokens is smaller than the image, {h} x {w}")
     if not (0 <= top <= height - h and 0 <= left <= width - w):
-        raise ValueError(f"an image of {h} x {w} tokens with its corner at {top}, {left} does not fit into a "
-                         f"grid of {height} x {width}: give a larger grid or another corner")
+        raise ValueError(f"the corner at {top}, {left} does not fit into a grid of {height} x {width} tokens")
     return left, width - w - left, top, height - h - top
 
 
@@ -262,10 +263,11 @@ def open_models(args):
     if args.number < 1:
         raise ValueError(f"--number must be at least 1, not {args.number}")
     check_sampling(args.cfg, args.temperature, args.top_k, args.top_p, args.scg)
-    generation_order(args.order, 1, (1, 1))
+    generation_order(args.order or "random", 1, (1, 1))
     step_sizes(1, -1 if args.steps is None else args.steps)
-    options = {name: getattr(args, name) for name in "order steps cfg scg temperature top_k top_p".split()}
     model, tokenizer = load_models(args.ckpt, args.tokenizer, common.pick_device(args.device))
+    args.order = args.order or model.order
+    options = {name: getattr(args, name) for name in "order steps cfg scg temperature top_k top_p".split()}
     common.writable_folder(pathlib.Path(args.out).parent)
     return model, tokenizer, names_of_classes(model.class_names, model.config.num_classes), options
 
@@ -279,13 +281,18 @@ def inputs(args, model, tokenizer, number):
         images, classes = common.from_uint8(pixels), torch.from_numpy(classes)
     else:
         raise ValueError(f"{args.ckpt} does not know the toy world: give a picture, --image FILE")
-    (h, w), learnt = token_grid(images, tokenizer), model.config.grid
-    if h * w > 16 * math.prod(learnt):  # it would take very long, or all of the memory, and come to nothing
-        height, width = (side * tokenizer.config.downsampling for side in learnt)
-        raise ValueError(f"the picture has {h} x {w} tokens, the model has learnt {learnt[0]} x {learnt[1]}: "
-                         f"reduce it, at best to {height} x {width} pixels")
-    device = next(model.parameters()).device
-    return images.to(device), classes.to(device)
+    f = tokenizer.config.downsampling
+    remedy = "reduce the picture, at best to {} x {} pixels".format(*(side * f for side in model.config.grid))
+    check_size(model, [side // f for side in images.shape[2:]], remedy)
+    token_grid(images, tokenizer)
+    return images.to(model.output.weight.device), classes.to(model.output.weight.device)
+
+
+def check_size(model, grid, remedy):
+    """Raises ValueError for a grid that would take very long, or all of the memory, and come to nothing."""
+    if math.prod(grid) > 16 * math.prod(model.config.grid):
+        raise ValueError("{} x {} tokens, where {} x {} were learnt, are many: {}".format(
+            *grid, *model.config.grid, remedy))
 
 
 def draws(args, device):
@@ -294,13 +301,14 @@ def draws(args, device):
         yield seed, torch.Generator(device).manual_seed(seed)
 
 
-def write_picture(rows, what, args):
+def write_picture(rows, what, args, class_given=True):
     """rows: {label: images [n, 3, H, W]}, all of one size; small ones are enlarged."""
     pixels = np.concatenate([common.to_uint8(images) for images in rows.values()])
     zoom = max(1, 128 // min(pixels.shape[1:3]))
-    title = f"{what}, cfg {args.cfg[0]:g} to {args.cfg[1]:g}, scg {args.scg:g}"
-    picture = common.picture_grid(pixels.repeat(zoom, 1).repeat(zoom, 2), list(rows), title)
-    common.save_picture(picture, args.out)
+    guidance = f"cfg {args.cfg[0]:g} to {args.cfg[1]:g}" if class_given else "no class and so no cfg"
+    title = f"{what}, {guidance}, scg {args.scg:g}"
+    pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
+    common.save_picture(common.picture_grid(pixels, list(rows), title), args.out)
     print(f"wrote {args.out}; {title}")
 
 
@@ -308,8 +316,8 @@ def say_verdict(model, label, images, classes):
     """For pictures of the toy world: in how many of them the judge sees the classes asked for."""
     toy_world = model.class_names == toy.CLASSES and images.shape[2:] == (toy.SIDE, toy.SIDE)
     if toy_world and len(images) > 1 and (classes < model.null_class).all():
-        accuracy = toy.judge(images, classes)["accuracy"]
-        print(f"{label}: the judge sees the class asked for in {accuracy:.1%} of {len(images)} pictures")
+        share = toy.judge(images, classes)["accuracy"]
+        print(f"{label}: the judge sees the class asked for in {share:.1%} of {len(images)} pictures")
 
 
 def inpaint_command(args):
@@ -337,11 +345,12 @@ def inpaint_command(args):
                                  **options)
             rows[f"seed {seed}" if label is None else f"{names[label][0]}, seed {seed}"] = results
             judged.append((results, classes))
-    write_picture(rows, f"{missing.sum()} of {missing.numel()} tokens redone", args)
+    redone = f"{missing.sum()} of {missing.numel()} tokens redone"
+    write_picture(rows, redone, args, bool((classes < model.null_class).any()))
     if not missing.any():
-        print("the mask redoes nothing: the results are the tokenizer's reconstructions")
+        print("the mask redoes nothing, it is not brighter than middle grey: results are reconstructions")
     if missing.all():
-        print("the mask covers every token: nothing was known, the results are new pictures")
+        print("the mask covers every token: nothing is known, the results are new pictures")
     say_verdict(model, "results", *map(torch.cat, zip(*judged)))
 
 
@@ -351,28 +360,29 @@ def outpaint_command(args):
     images, classes = inputs(args, model, tokenizer, 5)
     h, w = token_grid(images, tokenizer)
     grid = tuple(args.grid or (h, w + w // 2))
+    check_size(model, grid, "give a smaller --grid")
     corner = tuple(args.corner or ((grid[0] - h) // 2, (grid[1] - w) // 2))
-    label = parse_classes(args.classes, names)[0] if args.classes else model.null_class
-    classes = torch.full_like(classes, label)
+    label = classes[:] = parse_classes(args.classes, names)[0] if args.classes else model.null_class
     around = [tokenizer.config.downsampling * side for side in margins(images, tokenizer, grid, corner)]
     rows = {"known": F.pad(images, around, value=GREY)}
     for name, function in (("", outpaint), ("sliding window, ", outpaint_by_windows)):
         for seed, generator in draws(args, images.device):
             rows[f"{name}seed {seed}"], _ = function(model, tokenizer, images, grid, classes, corner,
                                                      generator=generator, **options)
-    write_picture(rows, f"{h} x {w} tokens become {grid[0]} x {grid[1]}", args)
+    write_picture(rows, f"{h} x {w} tokens become {grid[0]} x {grid[1]}", args, label < model.null_class)
 
 
 def extrapolate_command(args):
     """More tokens than in training; one part of the method after the other, as in Fig. 6."""
     model, tokenizer, names, options = open_models(args)
     chosen = parse_classes(args.classes, names) if args.classes else range(min(10, len(names)))
-    classes = torch.tensor([chosen[i % len(chosen)] for i in range(args.number)])
-    classes = classes.to(next(model.parameters()).device)
+    device = model.output.weight.device
+    classes = torch.tensor([chosen[i % len(chosen)] for i in range(args.number)], device=device)
     interpolated = dict(frequencies=0, scg=1.0)
     variants = {"naive": dict(interpolated, hierarchical=False), "+ hierarchical order": interpolated,
                 "+ frequency mix": dict(scg=1.0), "+ SCG": {}, "all but the mix": dict(frequencies=0)}
     h, w = (args.factor * side for side in model.config.grid)
+    check_size(model, (h, w), "give a smaller --factor")
     extrapolation_angles(model.config.grid, args.factor, args.frequencies, model.head_dim)  # or a ValueError
     rows = {"step 1": None}
     for name, changes in tqdm(variants.items(), unit=" variants", dynamic_ncols=True):
@@ -420,7 +430,7 @@ def main():
         steps, cfg, scg = (-1, (3.0, 3.0), 2.5) if larger else (None, (1.0, 4.0), 1.0)
         add("--steps", type=int, default=steps,
             help=f"of decoding, -1: one a token (default: {steps or '88 per 256 missing tokens'})")
-        add("--order", default="random", help=f"one of {', '.join(ORDERS)} (default: random)")
+        add("--order", help=f"one of {', '.join(ORDERS)} (default: that of the model's training)")
         add("--cfg", nargs=2, type=float, default=cfg, metavar=("START", "END"),
             help=f"classifier-free guidance, from START to END (default: {cfg[0]:g} {cfg[1]:g})")
         add("--scg", type=float, default=scg, help=f"spatial contextual guidance (default: {scg:g})")

@@ -46,7 +46,7 @@ def one_line_errors():
     try:
         yield
     except OSError as error:  # its own text starts with "[Errno 13]", which helps nobody
-        where = f": {error.filename}" if error.filename else ""
+        where = f": {os.fsdecode(error.filename)}, check the path" if error.filename else ""
         sys.exit(_complain(f"{error.strerror}{where}" if error.strerror else str(error)))
     except ValueError as error:
         sys.exit(_complain(str(error)))
@@ -64,7 +64,7 @@ def _complain(text):
 
 
 def _say(text):
-    if os.environ.get("RANK", "0") == "0":  # the same in each of many processes, it is said once
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the same in each of many processes, a machine says it once
         print(text, file=sys.stderr)
 
 
@@ -175,12 +175,14 @@ def save(content, path):
 def load(path, device="cpu"):
     """What `save` wrote, on `device`; never runs code from a file. Raises FileNotFoundError, ValueError."""
     if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: give a file that train.py made, or a released one")
+        raise FileNotFoundError(f"no checkpoint at {path}: give a file that train.py or tokenizer.py made, "
+                                "or a released one")
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint, it may be truncated ({reason[:90]}): "
+        reason = reason.split(". ")[0][:120]
+        raise ValueError(f"{path} is not a readable checkpoint, it may be truncated ({reason}): "
                          "download or train it again") from None
 
 
@@ -209,7 +211,7 @@ def open_picture(path):
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise
     except Exception as error:  # a damaged file may raise anything in Pillow, and must not end a long work
         raise OSError(f"unreadable image {os.fsdecode(path)}: {error}") from None

@@ -72,7 +72,8 @@ def list_files(folder, endings, kind, example):
         paths.append(np.array(sorted(map(os.fsencode, found)), dtype=np.bytes_))
     labels = np.repeat(np.arange(len(names)), [len(found) for found in paths])
     if not len(labels):
-        raise ValueError(f"{folder} has class folders but no {kind} in them ({', '.join(endings)})")
+        raise ValueError(f"{folder} has class folders but no {kind} in them ({', '.join(endings)}); released "
+                         "tokens become a token folder by python tokenizer.py pack")
     return np.concatenate(paths), labels, names
 
 
@@ -81,12 +82,14 @@ def read_image(path, size):
 
     Resized by bicubic interpolation with antialiasing, as ImageNet is for the released tokenizers.
     """
-    return np.asarray(ImageOps.fit(common.open_picture(path), (size, size), Image.BICUBIC))
+    image = common.open_picture(path)
+    while min(image.size) >= 2 * size:  # halved first, as ADM and all after it did
+        image = image.resize([side // 2 for side in image.size], Image.BOX)
+    return np.asarray(ImageOps.fit(image, (size, size), Image.BICUBIC))
 
 
 class ImageFiles(torch.utils.data.Dataset):
     """Image files for read_files: item i is uint8 [size, size, 3], or None if unreadable."""
-
     kind = "unreadable image"
 
     def __init__(self, paths, size):
@@ -109,24 +112,22 @@ def read_files(files, first=0, batch_size=64, workers=None):
     which of the batch's k files are; contents: these, stacked, or None where there are none. workers:
     processes that read (default: as many as there are cores, at most 16; none for what is in memory already).
     """
-    if workers is None:
-        workers = min(16, os.cpu_count())
-    if isinstance(files, np.ndarray) or len(files) - first <= batch_size:
-        workers = 0
+    workers = min(16, os.cpu_count()) if workers is None else workers
+    workers = 0 if isinstance(files, np.ndarray) or len(files) - first <= batch_size else workers
     return torch.utils.data.DataLoader(files, batch_size, sampler=range(first, len(files)),
                                        num_workers=workers, collate_fn=stack_readable,
                                        worker_init_fn=follow_the_command)
 
 
 def stack_readable(items):
-    readable = np.array([item is not None for item in items])
-    return readable, np.stack([item for item in items if item is not None]) if readable.any() else None
+    good = [item for item in items if item is not None]
+    return np.array([item is not None for item in items]), np.stack(good) if good else None
 
 
 def follow_the_command(worker):
     """What a reading process does first: leave Ctrl-C to the command that it works for, but end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     command = os.getppid()
 
     def watch():  # a command that was killed cannot send its workers home
@@ -139,14 +140,12 @@ def follow_the_command(worker):
 
 def read_all(paths, size):
     """All images in memory, uint8 [n, size, size, 3]; unreadable ones are left out and named."""
-    readable, pixels = [], []
-    for good, batch in tqdm(read_files(ImageFiles(paths, size)), "reading", unit="batch", dynamic_ncols=True):
-        readable.append(good)
-        pixels += [batch] if good.any() else []
+    batches = tqdm(read_files(ImageFiles(paths, size)), "reading", unit="batch", dynamic_ncols=True)
+    readable, pixels = zip(*batches)
     report_skipped(paths[~np.concatenate(readable)], ImageFiles.kind)
-    if not pixels:
+    if not np.concatenate(readable).any():
         raise ValueError(NOTHING_READABLE)
-    return np.concatenate(pixels)
+    return np.concatenate([batch for batch in pixels if batch is not None])
 
 
 def report_skipped(paths, kind):
@@ -161,10 +160,7 @@ def report_skipped(paths, kind):
 
 
 def square_side(size, crops):
-    """The side of the square that is cut out of an image whose crops have `size` pixels a side.
-
-    Ten crops come from a square 1.1 times as large, as those of the paper do.
-    """
+    """The side of the square from which crops of `size` pixels come: the paper's ten from one 10% larger."""
     return int(1.1 * size) if crops == 10 else size
 
 
@@ -219,7 +215,7 @@ class TokenFiles(torch.utils.data.Dataset):
     of crops and N tokens of a square grid. Raises ValueError where there is none.
     """
 
-    kind = "unusable token file"
+    kind, __len__ = "unusable token file", ImageFiles.__len__
 
     def __init__(self, paths, codes):
         self.paths, self.codes, self.shape = paths, codes, None
@@ -229,9 +225,6 @@ class TokenFiles(torch.utils.data.Dataset):
                 return
         raise ValueError(f"{os.fsdecode(paths[0])} and those after it are no tokens: expected .npy files of "
                          f"integers [crops, N], N a square, below {codes}, the codes of the --tokenizer")
-
-    def __len__(self):
-        return len(self.paths)
 
     def __getitem__(self, i):
         try:
@@ -247,8 +240,7 @@ class TokenFiles(torch.utils.data.Dataset):
 def pack_tokens(folder, tokenizer, tokenizer_path, out, workers=None):
     """Turn the released tokens, CLASS/*.npy with CLASS a number, into a token folder; as encode_images.
 
-    The names of the classes are their numbers, from "0" to the highest. Raises FileNotFoundError or
-    ValueError where there is nothing to pack.
+    The classes' names are their numbers, from "0" on. Raises FileNotFoundError, ValueError if nothing fits.
     """
     paths, labels, names = list_files(folder, (".npy",), "token files", "0/image.npy")
     for name in names:
@@ -289,6 +281,9 @@ def write_tokens(files, convert, crops, labels, meta, settings, out, batch_size,
     names = (os.path.basename(path) + b"/" for path in getattr(files, "paths", ()))
     listed = fingerprint([json.dumps(meta["classes"]).encode(), labels], names)
     settings = {"images": meta["images"], "files": f"{number} ({listed})"} | settings
+    if finished(pathlib.Path(out), settings):
+        print(f"{out} is complete already")
+        return
     done, skipped = unfinished(pathlib.Path(out), number, row, settings)
     out = common.writable_folder(out)
     needed, free = (number - done) * row / 1e9, shutil.disk_usage(out).free / 1e9
@@ -339,16 +334,33 @@ def write_tokens(files, convert, crops, labels, meta, settings, out, batch_size,
     with io.BytesIO() as file:
         np.save(file, labels)
         common.write_safely(out / "labels.npy", lambda path: path.write_bytes(file.getvalue()))
-    common.write_safely(out / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
+    meta = json.dumps(meta | {"settings": settings}, indent=1)
+    common.write_safely(out / "meta.json", lambda path: path.write_text(meta))
     progress.unlink()
     if skipped:
         report_skipped(files.paths[skipped], files.kind)
 
 
+def finished(out, settings):
+    """Whether `out` holds what these settings make; a ValueError where others made it."""
+    if not (out / "meta.json").is_file() or (out / "progress.json").is_file():
+        return False
+    same_settings(out, TokenFolder(out).settings or {}, settings, "give another --out, or delete it")
+    return True
+
+
+def same_settings(out, then, now, remedy):
+    """Raises ValueError for different settings, rather than lose what hours of work have made."""
+    differences = ", ".join(f"{name}: {then.get(name, 'none')} then, {now.get(name, 'none')} now"
+                            for name in then | now if then.get(name) != now.get(name))
+    if differences:
+        raise ValueError(f"{out} was begun with other settings ({differences}): {remedy}")
+
+
 def unfinished(out, number, row, settings):
     """(files done, numbers of the unreadable ones) of an interrupted write_tokens, (0, []) if there is none.
 
-    number: of files; row: bytes of each. Raises ValueError rather than lose what other settings made.
+    number: of files; row: bytes of each. Raises ValueError where other settings began it.
     """
     partial, progress = out / "tokens.npy.partial", out / "progress.json"
     if not progress.is_file() or (out / "meta.json").is_file() and not partial.is_file():
@@ -358,11 +370,9 @@ def unfinished(out, number, row, settings):
         done, skipped, then = state["done"], state["skipped"], state["settings"]
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{progress} is damaged: delete it to start anew") from None
-    differences = ", ".join(f"{name}: {then.get(name, 'none')} then, {settings.get(name, 'none')} now"
-                            for name in then | settings if then.get(name) != settings.get(name))
-    if done and differences:
-        raise ValueError(f"{out} was begun with other settings ({differences}): finish it with the first, "
-                         f"give another --out, or delete {progress} to start anew")
+    if done:
+        same_settings(out, then, settings, "finish it with the first, give another --out, or delete "
+                      f"{progress} to start anew")
     whole = partial.stat().st_size > done * row if partial.is_file() else done == number
     return (done, skipped) if whole else (0, [])
 
@@ -383,8 +393,8 @@ class TokenFolder:
     """A token folder, memory-mapped: only the rows of a batch are read.
 
     Attributes: tokens uint16 [files, crops, N], of all files; rows int64 [n], which of them are readable, and
-    labels int64 [n], their classes; grid (h, w), codes, class_names, tokenizer and source (paths). Raises
-    FileNotFoundError or ValueError where the folder is none, or its parts contradict each other.
+    labels int64 [n], their classes; grid (h, w), codes, class_names, tokenizer and source (paths), settings.
+    Raises FileNotFoundError or ValueError where the folder is none, or its parts contradict each other.
     """
 
     def __init__(self, folder):
@@ -397,7 +407,7 @@ class TokenFolder:
             meta = json.loads((folder / "meta.json").read_text())
             self.grid, self.codes = tuple(meta["grid"]), meta["codes"]
             self.class_names, self.tokenizer = meta["classes"], meta["tokenizer"]
-            self.source = meta.get("images")
+            self.source, self.settings = meta.get("images"), meta.get("settings")
             self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
             labels = np.load(folder / "labels.npy")
             damaged = labels.min() < -1 or not -1 < labels.max() < len(self.class_names)

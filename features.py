@@ -380,8 +380,13 @@ def open_models(paths, args):
         raise ValueError(f"--number must be at least 1, not {args.number}")
     generation_order(args.order or "random", 1, (1, 1))
     common.picture_format(args.out)
+    models = [load_models(path, args.tokenizer, common.pick_device(args.device)) for path in paths]
+    for path, (model, _) in zip(paths, models):
+        if not getattr(args, "data", None) and model.class_names != toy.CLASSES:
+            print(f"note: {path} has not learnt the toy world, whose pictures are used here; SPair-71k's are "
+                  "those of python apps.py correspond --data DIR")
     common.writable_folder(pathlib.Path(args.out).parent)
-    return [load_models(path, args.tokenizer, common.pick_device(args.device)) for path in paths]
+    return models
 
 
 def correspond_command(args):
@@ -392,7 +397,7 @@ def correspond_command(args):
         pairs = spair_pairs(args.data)
         number = min(args.number, len(pairs))
         pairs = [pairs[i * len(pairs) // number] for i in range(number)]  # of all categories
-        pairs = (Pair(*map(common.read_picture, pair[:2]), *pair[2:]) for pair in pairs)  # when their turn comes
+        pairs = (Pair(*map(common.read_picture, pair[:2]), *pair[2:]) for pair in pairs)  # in their turn
     else:
         number, pairs = args.number, toy_pairs(args.number, args.seed)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(args.seed)

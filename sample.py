@@ -148,7 +148,8 @@ def parse_classes(words, names):
         if not found:
             readable = {plain(known[0]): known[0] for known in names}
             close = ([name for name in readable if plain(word) in name]
-                     or difflib.get_close_matches(plain(word), readable, n=5) or list(readable))
+                     or difflib.get_close_matches(plain(word), readable, n=5))
+            close = close if close and len(names) > 12 else list(readable)
             listed = ", ".join(readable[name] for name in close[:10]) + ", ..." * (len(close) > 10)
             raise ValueError(f"no class {word!r}: give a number from 0 to {len(names) - 1} or a name "
                              f"({listed})")

@@ -92,6 +92,9 @@ def open_tokens(path, tokenizer_path, out, device, processes=1):
         tokens = data.TokenFolder(path)
         return tokens, pathlib.Path(tokenizer_path or tokens.tokenizer)
     encoded = out / "tokens"
+    if path is not None and not pathlib.Path(path).is_dir():
+        raise FileNotFoundError(f"no folder {path}: give a token folder, or one of class folders of images, "
+                                "with --data")
     if path is None:
         source, tokenizer_path = "toy world", tokenizer_path or common.CHECKPOINTS / "tokenizer.pt"
     else:
@@ -110,6 +113,8 @@ def open_tokens(path, tokenizer_path, out, device, processes=1):
         if tokens.source in (str(source), None) and same_tokenizer:
             return tokens, tokenizer_path
     tokenizer = load_tokenizer(tokenizer_path, device)
+    if (encoded / "meta.json").is_file():  # of other images or another tokenizer: ours to replace
+        (encoded / "meta.json").unlink()
     if path is None:
         common.writable_folder(encoded)  # to know it before a minute of drawing
         images, labels, _ = toy.make(TOY_IMAGES, seed=0)
@@ -348,9 +353,9 @@ def train(args):
             bar.set_postfix_str(shown)
             losses, seconds, timed_steps = [], 0.0, 0
         if bad_steps == BAD_STEPS:
+            again = "go on from the last checkpoint, --resume," if (out / "training.pt").exists() else "start"
             raise ValueError(f"the loss or its gradient was not finite in {BAD_STEPS} steps in a row, up to "
-                             f"step {done}: go on from the last checkpoint, --resume, with a lower "
-                             "--learning-rate")
+                             f"step {done}: {again} with a lower --learning-rate")
         if first_process and (asked_to_stop or done == args.steps or done % args.picture_every == 0):
             save(done)
             if not asked_to_stop:
@@ -377,7 +382,7 @@ def main():
     parser.add_argument("--tokenizer", help="default: what made the tokens; for the toy world, ours")
     parser.add_argument("--out", default="out", help="folder for weights and pictures (default: out)")
     parser.add_argument("--resume", action="store_true", help="go on with the training in --out")
-    parser.add_argument("--order", choices=ORDERS, metavar="ORDER",
+    parser.add_argument("--order", choices=ORDERS, metavar="ORDER", type=lambda x: x.replace("-", "_"),
                         help="of the tokens: random, or raster for the paper's counterpart (default: random; "
                              "raster for RAR and with --anneal)")
     parser.add_argument("--anneal", nargs=2, type=float, metavar=("START", "END"),
@@ -402,6 +407,10 @@ def main():
             settings = common.load(state).get("settings", {})
             parser.set_defaults(**settings | {"tokenizer": str(state.with_name("tokenizer.pt"))})
             args = parser.parse_args()
+            for name in ("batch_size", "seed", "order", "anneal"):  # or it would not be the same training
+                if name in settings and getattr(args, name) != settings[name]:
+                    raise ValueError(f"{args.out} was begun with --{name.replace('_', '-')} "
+                                     f"{settings[name]}: leave that, or start anew with another --out")
         elif state.exists():
             raise ValueError(f"{args.out} holds a training already: add --resume to go on with it, or give "
                              "another folder with --out")
@@ -423,6 +432,8 @@ def main():
                      "report"):
             if not getattr(args, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+        if args.seed < 0:
+            raise ValueError(f"--seed must be 0 or more, not {args.seed}")
         for name in ("last_learning_rate", "descent", "weight_decay", "dropout", "class_dropout"):
             if not 0 <= getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be from 0 to below 1, not "

@@ -80,10 +80,17 @@ def test_an_image_is_its_centre_with_the_shorter_edge_resized(tmp_path):
 
 
 def test_an_image_is_resized_by_antialiased_bicubic_interpolation(tmp_path):
-    picture = Image.effect_noise((96, 64), 80).convert("RGB")
+    picture = Image.effect_noise((60, 40), 80).convert("RGB")
     picture.save(tmp_path / "a.png")
-    expected = picture.resize((24, 16), Image.BICUBIC).crop((4, 0, 20, 16))
-    assert abs(read_image(tmp_path / "a.png", 16).astype(int) - np.asarray(expected)).max() <= 1
+    expected = picture.resize((36, 24), Image.BICUBIC).crop((6, 0, 30, 24))
+    assert abs(read_image(tmp_path / "a.png", 24).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_a_large_image_is_halved_first_by_means_of_four_pixels_as_adm_does(tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    means = pixels.reshape(16, 2, 16, 2, 3).mean((1, 3))
+    assert abs(read_image(tmp_path / "a.png", 16) - means).max() <= 1
 
 
 def test_a_camera_held_upside_down_is_put_right(tmp_path):
@@ -167,7 +174,9 @@ def test_a_token_folder_is_these_three_files(photos, tmp_path):
     tokens, labels = (np.load(tmp_path / "tokens" / name) for name in ("tokens.npy", "labels.npy"))
     assert tokens.shape == (6, 2, 16) and tokens.dtype == np.uint16 and tokens.max() < V
     assert labels.dtype == np.int64 and labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert json.loads((tmp_path / "tokens" / "meta.json").read_text()) == {
+    meta = json.loads((tmp_path / "tokens" / "meta.json").read_text())
+    assert meta.pop("settings")["crops"] == 2
+    assert meta == {
         "grid": [4, 4], "codes": V, "classes": ["cat", "dog"], "images": str(photos),
         "tokenizer": str(pathlib.Path.cwd() / "tok.pt")}
 
@@ -187,7 +196,7 @@ def test_pixels_in_memory_are_encoded_as_files_are(photos, tmp_path):
     encode(photos, tmp_path / "files")
     encode(photos, tmp_path / "pixels", images=data.read_all(list_images(photos)[0], 16))
     assert all((tmp_path / "files" / name).read_bytes() == (tmp_path / "pixels" / name).read_bytes()
-               for name in ("tokens.npy", "labels.npy", "meta.json"))
+               for name in ("tokens.npy", "labels.npy"))
 
 
 def test_an_unreadable_image_keeps_its_row_which_is_no_image(photos, tmp_path, capsys):

@@ -182,14 +182,10 @@ def test_killed_it_goes_on_and_the_result_is_the_same_to_the_last_bit(here, run)
     assert contents(here / "killed") == contents(here / "whole")
 
 
-@pytest.mark.parametrize("kind", ["new", "replaced"])
-def test_killed_while_the_files_get_their_names_it_goes_on_too(here, run, whole, monkeypatch, kind):
+def test_killed_while_the_files_get_their_names_it_goes_on_too(here, run, whole, monkeypatch):
     replace = os.replace
     for moment in range(5):  # progress.json, tokens.npy, labels.npy, meta.json, and after all
-        out = here / f"{kind}{moment}"
-        if kind == "replaced":
-            run(f"{ENCODE} --out {out} --crops 1")
-        moves = []
+        out, moves = here / f"new{moment}", []
 
         def killed(source, target):
             moves.append(target)
@@ -202,21 +198,22 @@ def test_killed_while_the_files_get_their_names_it_goes_on_too(here, run, whole,
             patch.setattr(pathlib.Path, "unlink", lambda path, **_: killed("", path) if path.name ==
                           "progress.json" else os.path.exists(path) and os.unlink(path))
             run(f"{ENCODE} --out {out}")
-        if (out / "meta.json").exists():  # then it is whole: the old one, or the new one
-            assert TokenFolder(out).tokens.shape[1] == (2 if moment == 4 else 1)
+        if (out / "meta.json").exists():  # then it is whole
+            assert TokenFolder(out).tokens.shape == (6, 2, 16)
         run(f"{ENCODE} --out {out}")
         assert contents(out) == whole
 
 
-def test_tokens_that_are_replaced_can_be_used_until_the_new_ones_are_complete(here, run, stop_after):
-    run(f"{ENCODE} --out tokens --crops 1")
-    before = contents(here / "tokens")
-    stop_after(1, KeyboardInterrupt)
-    with pytest.raises(SystemExit):
-        run(f"{ENCODE} --out tokens")
-    assert before.items() <= contents(here / "tokens").items()
+def test_what_is_complete_is_neither_made_again_nor_replaced(here, run, whole, monkeypatch, capsys):
     run(f"{ENCODE} --out tokens")
-    assert TokenFolder("tokens").tokens.shape == (6, 2, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "read_files", None)  # nothing is read a second time
+        run(f"{ENCODE} --out tokens")
+        assert "tokens is complete already" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            run(f"{ENCODE} --out tokens --crops 1")
+        assert "other settings (crops: 2 then, 1 now): give another --out" in capsys.readouterr().err
+    assert contents(here / "tokens") == whole
 
 
 @pytest.mark.parametrize("change, difference", [

@@ -9,6 +9,7 @@ import subprocess
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -291,7 +292,8 @@ def test_killed_at_any_moment_it_goes_on_from_a_complete_checkpoint_to_the_same_
 def test_killed_in_the_middle_of_a_save_the_last_complete_file_is_there(tmp_path):
     """Thirty times for real: the killed process does nothing but save."""
     def save(step):
-        common.save({"step": step, "model": torch.full((10**6,), float(step))}, tmp_path / "a.pt")
+        model = torch.from_numpy(np.full(10**6, step))  # not torch.full: its threads do not survive a fork
+        common.save({"step": step, "model": model}, tmp_path / "a.pt")
 
     began, latest, cut_short = time.time(), 0, 0
     save(latest)
@@ -317,8 +319,8 @@ def test_more_steps_can_be_asked_for_when_all_are_done(here, run):
 
 
 def test_resuming_uses_the_tokenizer_that_was_copied_at_the_start(here, run):
-    run("tokenizer.py encode --images photos --out tokens --tokenizer tok.pt")
-    run(f"train.py --data tokens --steps 4 {SMALL} --out started")
+    run("tokenizer.py encode --images photos --out own_tokens --tokenizer tok.pt")
+    run(f"train.py --data own_tokens --steps 4 {SMALL} --out started")
     save_tokenizer(small_tokenizer(codes=V - 1), "tok.pt")  # trained anew in the meantime
     copied = (here / "started" / "tokenizer.pt").read_bytes()
     run("train.py --resume --out started --steps 5")
