@@ -48,7 +48,9 @@ def test_weight_decay_is_for_matrices_only(model):
                       class_dropout=0.1, order="random", checkpoint_activations=False)),
     ("--size XXL --batch-size 256 --dropout 0", dict(steps=360_000, batch_size=256, dropout=0.0)),
 ])
-def test_a_size_sets_the_papers_recipe_and_any_of_it_can_be_overridden(run, monkeypatch, line, expected):
+def test_a_size_sets_the_papers_recipe_and_any_of_it_can_be_overridden(tmp_path, run, monkeypatch, line,
+                                                                       expected):
+    monkeypatch.chdir(tmp_path)  # where no training is in the way
     asked = []
     monkeypatch.setattr(train, "train", asked.append)
     run(f"train.py {line}")
