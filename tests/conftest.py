@@ -82,6 +82,7 @@ def here(workshop, tmp_path, monkeypatch):
 def run(monkeypatch):
     """A function that runs a command line in this process: a new one needs seconds to start."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore Ctrl-C
     monkeypatch.setattr(common, "can_compile", lambda device: False)
 
     def run(line):
