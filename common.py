@@ -3,6 +3,7 @@ pictures.
 
     command_line, one_line_errors   a user's mistake ends in one line that names the remedy, and exit code 2
     join_processes                  which of torchrun's processes this is, and on which device it works
+    Linear, product                 matrix products, twice as fast on some CPUs
     save, load, write_safely        checkpoints and pictures, written beside their place and then renamed
     read_picture, picture_grid      what people would rather see than read
 """
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"  # the small trained weights that ship
 
@@ -113,6 +115,51 @@ def can_compile(device):
     return device.type == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl")))
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Matrix products on a CPU
+#
+# PyTorch leaves those in float32 to the library MKL, which on AMD uses half of what the processor can do.
+# oneDNN, which PyTorch has on board as well (for bfloat16, and for what torch.compile makes), uses all of it:
+# it is twice as fast on an EPYC, with a few dozen rows as with thousands. Results differ by rounding only.
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with its product in float32 on a CPU left to oneDNN."""
+
+    def forward(self, x):
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not uses_onednn(x):
+            return super().forward(x)
+        return Product.apply(x, self.weight, self.bias)
+
+
+def uses_onednn(x):
+    here = x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return here and x.dtype is torch.float32 and x.numel() > 0
+
+
+def product(x, weight, bias=None):
+    """x [..., k] times weight [n, k] transposed, plus bias [n]: [..., n], in float32 by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """`product` with its gradients, two products more."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = gradient.reshape(-1, len(weight))  # [rows, n]
+        return (product(gradient, weight.t()) if needs_x else None,
+                product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if needs_weight else None,
+                rows.sum(0) if needs_bias else None)
+
+
 def stop_at_signal():
     """A list that is empty until Ctrl-C (or SIGTERM, a cluster's way to say the same) is pressed.
 
@@ -173,10 +220,15 @@ def save(content, path):
 
 
 def load(path, device="cpu"):
-    """What `save` wrote, on `device`; never runs code from a file. Raises FileNotFoundError, ValueError."""
+    """What `save` or a .safetensors file holds, on `device`; never runs code from a file.
+
+    Raises FileNotFoundError, or ValueError where the file is damaged or the package safetensors is missing.
+    """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: give a file that train.py or tokenizer.py made, "
                                 "or a released one")
+    if pathlib.Path(path).suffix == ".safetensors":
+        return load_safetensors(path, device)
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError) as error:
@@ -184,6 +236,16 @@ def load(path, device="cpu"):
         reason = reason.split(". ")[0][:120]
         raise ValueError(f"{path} is not a readable checkpoint, it may be truncated ({reason}): "
                          "download or train it again") from None
+
+
+def load_safetensors(path, device):
+    try:
+        from safetensors.torch import load_file
+        return load_file(path, device=str(device))
+    except ImportError:
+        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
+    except Exception as error:  # safetensors raises a type of its own for a damaged file
+        raise ValueError(f"{path} is not a readable safetensors file ({error}): download it again") from None
 
 
 def half_precision(state_dict):

@@ -19,7 +19,6 @@ Read from top to bottom:
 """
 
 import math
-import pathlib
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 
@@ -49,6 +48,7 @@ class Config:
 
 
 SIZES = {  # for example Config(**SIZES["XL"], grid=(16, 16), vocab_size=16384, num_classes=1000)
+    "tiny": dict(dim=64, n_layer=4, n_head=2, dropout=0.0),  # ours, to see what size does (Fig. 4a)
     "toy": dict(dim=128, n_layer=4, n_head=4, dropout=0.0),  # ours, 1.2M: too few parameters to overfit
     "L": dict(dim=1024, n_layer=24, n_head=16),  # 343M, as all below of Table A
     "XL": dict(dim=1280, n_layer=36, n_head=20),  # 775M
@@ -212,8 +212,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)  # query, key and value in one product
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wqkv = common.Linear(config.dim, 3 * config.dim, bias=False)  # query, key, value: one product
+        self.wo = common.Linear(config.dim, config.dim, bias=False)
 
     def queries_keys_values(self, x, rotation):
         q_k_v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
@@ -241,9 +241,9 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         hidden = math.ceil(int(8 * config.dim / 3) / 256) * 256  # as Llama: 2/3 of 4 d, for a third matrix
-        self.w1 = nn.Linear(config.dim, hidden, bias=False)
-        self.w3 = nn.Linear(config.dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, config.dim, bias=False)
+        self.w1 = common.Linear(config.dim, hidden, bias=False)
+        self.w3 = common.Linear(config.dim, hidden, bias=False)
+        self.w2 = common.Linear(hidden, config.dim, bias=False)
         self.dropout = config.dropout
 
     def forward(self, x):
@@ -287,7 +287,7 @@ class RandAR(nn.Module):
         self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, config.dim))  # e of Eq. 5: one for all
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = common.Linear(config.dim, config.vocab_size, bias=False)
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -568,7 +568,7 @@ def load_randar(path, device="cpu", model_of=randar_of):
     was trained on, "random" unless the file says otherwise; model_of is for rar.load_model, which knows other
     models, too. Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
     """
-    content = read_weights(path)
+    content = common.load(path)
     try:
         state = content.get("model", content)
         if "quantize.embedding.weight" in state:
@@ -585,16 +585,3 @@ def load_randar(path, device="cpu", model_of=randar_of):
         raise ValueError(f"{path} does not fit a RandAR ({reason}): give another one") from None
     model.class_names, model.order = content.get("class_names"), content.get("order", model.order)
     return model.eval()
-
-
-def read_weights(path):
-    """The content of a checkpoint, in whichever format its name says, on the CPU."""
-    if pathlib.Path(path).suffix != ".safetensors" or not pathlib.Path(path).is_file():
-        return common.load(path)
-    try:
-        from safetensors.torch import load_file
-        return load_file(path)
-    except ImportError:
-        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
-    except Exception as error:  # safetensors raises a type of its own for a damaged file
-        raise ValueError(f"{path} is not a readable safetensors file ({error}): download it again") from None

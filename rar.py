@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import common
 from randar import (Config, KeyValueCache, RandAR, Step, check_sampling, generation_order, guided,
                     load_randar, randar_of, sample, save_randar, step_sizes, streams_of)
 
@@ -91,9 +92,9 @@ class RARAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.qkv = common.Linear(config.dim, 3 * config.dim)
         self.q_norm, self.k_norm = (nn.LayerNorm(config.dim // config.n_head, eps=1e-6) for _ in range(2))
-        self.proj = nn.Linear(config.dim, config.dim)
+        self.proj = common.Linear(config.dim, config.dim)
 
     def forward(self, x, cache, place):
         """x [b, n, d] -> [b, n, d]; x comes after `place` tokens of the cache, and is then a single token."""
@@ -109,7 +110,7 @@ class RARAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(config.dim, config.mlp), nn.Linear(config.mlp, config.dim)
+        self.fc1, self.fc2 = common.Linear(config.dim, config.mlp), common.Linear(config.mlp, config.dim)
         self.dropout = config.dropout
 
     def forward(self, x):
@@ -119,7 +120,7 @@ class MLP(nn.Module):
 
 def modulation(dim, chunks):
     """From the condition, d channels, to `chunks` times d: zeros at first, so that a layer does nothing."""
-    linear = nn.Linear(dim, chunks * dim)
+    linear = common.Linear(dim, chunks * dim)
     nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.SiLU(), linear)
 
@@ -178,7 +179,7 @@ class RAR(nn.Module):
         self.blocks = nn.ModuleList(RARBlock(config) for _ in range(config.n_layer))
         self.adaln_before_head = FinalLayer(config)
         self.norm = nn.Identity()  # what RandAR has before its head; here the final layer has done it
-        self.lm_head = nn.Linear(config.dim, config.vocab_size)
+        self.lm_head = common.Linear(config.dim, config.vocab_size)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and name != "cls_token" and "adaLN" not in name:
                 nn.init.trunc_normal_(parameter, std=0.02)

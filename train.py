@@ -162,10 +162,11 @@ def training_flops(model):
 def matrix_rate(device, dtype, side=8192, repeats=10):
     """Operations a second that this device reaches in large matrix products: the peak to measure by."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    multiply = common.product if common.uses_onednn(a) else torch.matmul  # what common.Linear takes
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
-        (a @ b)[0, 0].item()  # which waits for the device
+        multiply(a, b)[0, 0].item()  # which waits for the device
         seconds.append(time.perf_counter() - started)
     return 2 * side**3 / sorted(seconds)[repeats // 2]
 
@@ -427,7 +428,7 @@ def main():
         args.order = args.order or ("raster" if args.anneal else "random")
         for name, (value, _) in RECIPE.items():
             if getattr(args, name) is None:
-                setattr(args, name, TOY.get(name, value) if args.size == "toy" else value)
+                setattr(args, name, TOY.get(name, value) if args.size in ("tiny", "toy") else value)
         for name in ("steps", "batch_size", "micro_batch", "learning_rate", "clip", "picture_every",
                      "report"):
             if not getattr(args, name) > 0:

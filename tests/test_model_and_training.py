@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import GOLDEN, C, N, V, inputs_of, small_model
 
+import common
 from randar import SIZES, Config, RandAR
 
 
@@ -120,6 +121,20 @@ def test_tokens_attention_and_feed_forward_have_dropout_in_training_only(model, 
 def test_gradients_reach_every_parameter(model, batch):
     model.loss(*batch).backward()
     assert all(p.grad.norm() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (3, 7, 5), (3, 0, 5)])
+def test_the_fast_product_and_its_gradients_are_those_of_torch(shape, bias):
+    torch.manual_seed(0)
+    layer, results = common.Linear(5, 6, bias=bias), []
+    x = torch.randn(shape)
+    for forward in (common.Linear.forward, torch.nn.Linear.forward):
+        leaves = [x.clone().requires_grad_(), *layer.parameters()]
+        y = forward(layer, leaves[0])
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for ours, theirs in zip(*results):
+        assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("changed, shape", [("tokens", (3, 15)), ("tokens", (2, 16)), ("tokens", (16,)),
