@@ -97,14 +97,14 @@ def rotate(x, rotation):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# In which order: ten ways to write an image
+# In which order: eleven ways to write an image
 #
 # An order lists positions (raster indices, row * w + column) in the turn in which they are decoded. One
-# model, trained on random orders, can follow every one of them (Table 3). The last three are *partly*
-# random: two parts in a fixed order, each in a random order of its own.
+# model, trained on random orders, can follow every one of them (Table 3). Three are *partly* random: two
+# parts, each in a random order of its own. The last is not the paper's (arXiv 2503.17076 has it for masks).
 
 ORDERS = ("random", "raster", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate",
-          "hierarchical", "center_first", "border_first")
+          "hierarchical", "center_first", "border_first", "halton")
 
 
 def generation_order(name, batch, grid, generator=None, device=None):
@@ -137,10 +137,10 @@ def generation_order(name, batch, grid, generator=None, device=None):
         key = row * w + torch.where(row % 2 == 0, column, w - 1 - column)
     elif name == "hierarchical":  # a coarse image, in random order, then all the rest, in random order
         key = ((row % 2 == 1) | (column % 2 == 1)) + random
-    elif name == "center_first":
-        key = ~in_the_middle + random
-    elif name == "border_first":
-        key = in_the_middle + random
+    elif name in ("center_first", "border_first"):
+        key = random + (in_the_middle if name == "border_first" else ~in_the_middle)
+    elif name == "halton":
+        key = halton_rank(h, w).to(positions.device)
     return key.expand(batch, -1).argsort(dim=-1, stable=True)
 
 
@@ -154,6 +154,19 @@ def spiral_rank(row, column, h, w):
             torch.where(down == rows - 1, 2 * columns + rows - 3 - right,  # the bottom edge, to the left
                         2 * columns + 2 * rows - 4 - down)))  # the left edge, upwards
     return h * w - rows * columns + along  # all outer rings come before
+
+
+def halton_rank(h, w):
+    """The number of Halton's first point in each cell of a grid: int64 [N], all different.
+
+    Points that follow each other lie far apart: so do tokens that are decoded at once. A point's row and
+    column are its number in base 2 and 3, mirrored at the decimal point: 1, 2, 3 give the rows .1 .01 .11
+    """
+    numbers = torch.arange(1, 24 * h * w)  # enough for a point in each cell
+    down, right = (sum(numbers.double() // base**i % base / base ** (i + 1) for i in range(24))
+                   for base in (2, 3))  # from 0 to below 1
+    cells = (down * h).long() * w + (right * w).long()
+    return torch.full((h * w,), 24 * h * w).scatter_reduce(0, cells, numbers, "amin")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,9 +301,8 @@ class RandAR(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim)
         self.output = common.Linear(config.dim, config.vocab_size, bias=False)
-        for parameter in self.parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
+        for matrix in (parameter for parameter in self.parameters() if parameter.ndim == 2):
+            nn.init.normal_(matrix, std=0.02)
         nn.init.zeros_(self.output.weight)  # training starts from the uniform distribution, loss log(V)
 
     # The parts of a sequence: embeddings [b, n, d] and rotations [b, n, D / 2, 2]
@@ -470,15 +482,19 @@ class RandAR(nn.Module):
         """
         if isinstance(order, str):
             order = generation_order(order, len(classes), self.config.grid, generator, classes.device)
-        loop = self.decode(classes, order, steps, cfg, scg, temperature, top_k, top_p, generator, known,
-                           angles)
+        steps = self.decode(classes, order, steps, cfg, scg, temperature, top_k, top_p, generator, known,
+                            angles)
         number = math.prod(self.config.grid) if angles is None else len(angles)
-        tokens = torch.full((len(order), number), -1, device=order.device)
-        if known is not None:
-            tokens.scatter_(1, *known)
-        for step in loop:
-            tokens.scatter_(1, step.positions, step.tokens)
-        return tokens
+        return collect(steps, torch.full((len(order), number), -1, device=order.device), known)
+
+
+def collect(steps, tokens, known=None):
+    """Put the tokens of all steps of a `decode`, and the known ones, in their places of tokens [b, N]."""
+    if known is not None:
+        tokens.scatter_(1, *known)
+    for step in steps:
+        tokens.scatter_(1, step.positions, step.tokens)
+    return tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -576,12 +592,9 @@ def load_randar(path, device="cpu", model_of=randar_of):
         with torch.device("meta"):  # shapes without numbers: all of these come from the file
             model = model_of(content, state)
         model.to_empty(device=device).load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else error
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        reason = "there is no " * isinstance(error, KeyError) + str(error).splitlines()[-1].strip()[:180]
         raise ValueError(f"{path} holds no RandAR weights ({reason}): give a file that train.py wrote, or "
                          "released weights") from None
-    except RuntimeError as error:  # torch names every parameter, one a line: the last one will do
-        reason = str(error).splitlines()[-1].strip()[:180]
-        raise ValueError(f"{path} does not fit a RandAR ({reason}): give another one") from None
     model.class_names, model.order = content.get("class_names"), content.get("order", model.order)
     return model.eval()

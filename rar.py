@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from randar import (Config, KeyValueCache, RandAR, Step, check_sampling, generation_order, guided,
-                    load_randar, randar_of, sample, save_randar, step_sizes, streams_of)
+from randar import (Config, KeyValueCache, RandAR, Step, check_sampling, collect, generation_order,
+                    guided, load_randar, randar_of, sample, save_randar, step_sizes, streams_of)
 
 # ------------------------------------------------------------------------------------------------------------
 # What a model is made of
@@ -277,12 +277,7 @@ class RAR(nn.Module):
             order = generation_order(order or self.order, len(classes), self.config.grid,
                                      options.get("generator"), classes.device)
         tokens = torch.full((len(order), math.prod(self.config.grid)), -1, device=order.device)
-        loop = self.decode(classes, order, **options)
-        if options.get("known") is not None:
-            tokens.scatter_(1, *options["known"])
-        for step in loop:
-            tokens.scatter_(1, step.positions, step.tokens)
-        return tokens
+        return collect(self.decode(classes, order, **options), tokens, options.get("known"))
 
 
 @torch.no_grad()

@@ -94,6 +94,7 @@ def test_every_order_is_a_permutation(name, grid):
     ("spiral_in", (3, 4), [0, 1, 2, 3, 7, 11, 10, 9, 8, 4, 5, 6]),
     ("spiral_in", (3, 3), [0, 1, 2, 5, 8, 7, 6, 3, 4]),
     ("spiral_in", (3, 1), [0, 1, 2]),
+    ("halton", (2, 3), [4, 2, 3, 1, 5, 0]),
 ])
 def test_orders_without_randomness_are_exactly_these(name, grid, expected):
     assert generation_order(name, 2, grid).tolist() == [expected, expected]
@@ -112,6 +113,16 @@ def test_spiral_out_is_spiral_in_backwards(grid):
 def test_partly_random_orders_finish_their_first_part_first(name, first):
     for order in generation_order(name, 20, (4, 4), seeded(0)).tolist():
         assert set(order[: len(first)]) == first
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (16, 16), (7, 12)])
+def test_four_tokens_in_a_row_lie_farther_apart_in_haltons_order_than_in_a_random_one(grid):
+    def closest(name):  # the smallest distance among four tokens, on average
+        order = generation_order(name, 50, grid, seeded(0))
+        places = torch.stack([order // grid[1], order % grid[1]], dim=-1).float()  # [50, N, 2]
+        fours = places.unfold(1, 4, 1).transpose(2, 3)  # [50, N - 3, 4, 2]
+        return (torch.cdist(fours, fours) + 100 * torch.eye(4)).amin((2, 3)).mean()
+    assert closest("halton") > 1.3 * closest("random")
 
 
 @pytest.mark.parametrize("name", ["random", "hierarchical", "center_first", "border_first"])

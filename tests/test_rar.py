@@ -324,7 +324,7 @@ def test_released_weights_are_told_by_their_contents(tmp_path, kind, order):
 @pytest.mark.parametrize("kind", ["dense", "merge", "rar"])
 def test_who_needs_a_randar_is_told_that_the_file_holds_none(tmp_path, kind):
     save_model(small(kind), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="a.pt (holds no RandAR weights|does not fit a RandAR)"):
+    with pytest.raises(ValueError, match="a.pt holds no RandAR weights"):
         load_randar(tmp_path / "a.pt")
 
 
