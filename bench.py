@@ -28,12 +28,12 @@ from tqdm import tqdm
 import common
 from randar import SIZES, Config, RandAR, generation_order, step_sizes
 from sample import decoding_steps
-from train import make_optimizer, matrix_rate, training_flops
+from train import make_optimizer, training_flops
 
 NO_CFG, CFG = (1.0, 1.0), (1.0, 4.0)  # without and with classifier-free guidance
 
 # ------------------------------------------------------------------------------------------------------------
-# How it is measured, what the device can do (train.matrix_rate, too) and what the method asks of it
+# How it is measured, what the device can do (common.matrix_rate, too) and what the method asks of it
 
 
 def interleaved(cases, device, seconds, what):
@@ -257,15 +257,15 @@ def bench(args):
     settings = SIZES[args.size] | (dict(grid=(8, 8), vocab_size=512, num_classes=10) if toy else {})
     model, fast = RandAR(Config(**settings)).to(device), common.fast_precision(device)
     precisions = [fast] if gpu else list(dict.fromkeys([torch.float32, fast]))
-    rates = {precision: matrix_rate(device, precision, 8192 if gpu else 4096) for precision in precisions}
+    rates = {dtype: common.matrix_rate(device, dtype, 8192 if gpu else 4096) for dtype in precisions}
     speed = bandwidth(device)
     machine = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads"
     result = dict(date=time.strftime("%Y-%m-%d"), machine=machine, torch=torch.__version__, size=args.size,
                   batch=batch, GB_per_second=speed / 1e9,
                   TFLOP_per_second={str(precision)[6:]: rate / 1e12 for precision, rate in rates.items()})
     print(", ".join(f"{key} {value}" for key, value in result.items()))
-    most = 64 if toy else 32  # train.py's micro-batch
-    result["training"] = show(training_rows(model, min(batch, most), device, rates, args.seconds))
+    size = min(batch, 64 if toy else 32)  # train.py's micro-batch
+    result["training"] = show(training_rows(model, size, device, rates, args.seconds))
     models = {precision: copy.deepcopy(model.eval()).to(precision) for precision in precisions}
     del model
     torch._dynamo.config.recompile_limit = 64  # a few graphs for each of the batches below

@@ -3,7 +3,7 @@ pictures.
 
     command_line, one_line_errors   a user's mistake ends in one line that names the remedy, and exit code 2
     join_processes                  which of torchrun's processes this is, and on which device it works
-    Linear, product                 matrix products, twice as fast on some CPUs
+    Linear, product, matrix_rate    matrix products, twice as fast on some CPUs; how fast they are here
     save, load, write_safely        checkpoints and pictures, written beside their place and then renamed
     read_picture, picture_grid      what people would rather see than read
 """
@@ -16,6 +16,7 @@ import pickle
 import shutil
 import signal
 import sys
+import time
 
 import numpy as np
 import torch
@@ -158,6 +159,18 @@ class Product(torch.autograd.Function):
         return (product(gradient, weight.t()) if needs_x else None,
                 product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if needs_weight else None,
                 rows.sum(0) if needs_bias else None)
+
+
+def matrix_rate(device, dtype, side=8192, repeats=10):
+    """Operations a second that this device reaches in large matrix products: the peak to measure by."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    multiply = product if uses_onednn(a) else torch.matmul  # what Linear takes
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        multiply(a, b)[0, 0].item()  # which waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / sorted(seconds)[repeats // 2]
 
 
 def stop_at_signal():

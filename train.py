@@ -7,9 +7,9 @@ way: --model rar for RAR, --position dense or merge for RandAR's ablations.
 
     RECIPE, learning_rate, make_optimizer     what the paper fixed
     open_tokens, training_batch               the data: the toy world, a token folder, or a folder of images
-    training_flops, matrix_rate               what a step costs, and what the hardware could do
+    training_flops                            what a step costs
     draw_loss, draw_samples                   what people watch while it trains
-    train                                     the loop
+    open_run, save, train                     the loop, and what it starts from
 
     out/randar.pt      the weights (RAR's: rar.pt)     out/samples.png   what the model draws now
     out/training.pt    all of it, for --resume         out/loss.png      the curve
@@ -24,6 +24,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import matplotlib
 import torch
@@ -113,8 +114,7 @@ def open_tokens(path, tokenizer_path, out, device, processes=1):
         if tokens.source in (str(source), None) and same_tokenizer:
             return tokens, tokenizer_path
     tokenizer = load_tokenizer(tokenizer_path, device)
-    if (encoded / "meta.json").is_file():  # of other images or another tokenizer: ours to replace
-        (encoded / "meta.json").unlink()
+    (encoded / "meta.json").unlink(missing_ok=True)  # of other images or another tokenizer: ours to replace
     if path is None:
         common.writable_folder(encoded)  # to know it before a minute of drawing
         images, labels, _ = toy.make(TOY_IMAGES, seed=0)
@@ -159,18 +159,6 @@ def training_flops(model):
     return 3 * 2 * (matrices + attention)  # 2: a multiplication and an addition
 
 
-def matrix_rate(device, dtype, side=8192, repeats=10):
-    """Operations a second that this device reaches in large matrix products: the peak to measure by."""
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    multiply = common.product if common.uses_onednn(a) else torch.matmul  # what common.Linear takes
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        multiply(a, b)[0, 0].item()  # which waits for the device
-        seconds.append(time.perf_counter() - started)
-    return 2 * side**3 / sorted(seconds)[repeats // 2]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # What people watch
 
@@ -189,18 +177,18 @@ def draw_loss(log, path):
     pyplot.close(figure)
 
 
-def draw_samples(model, tokenizer, class_names, args, title, path):
+def draw_samples(run, args, title):
     """Eight samples of ten classes; every time the same classes, orders and random numbers, to compare."""
-    device = next(model.parameters()).device
-    grid = model.config.grid
+    model, class_names = run.model, run.tokens.class_names
     classes = spread_classes(range(len(class_names)), rows=10, columns=8)
     model.eval()
-    generator = torch.Generator(device).manual_seed(args.seed)
-    tokens = model.generate(classes.to(device), args.order, steps=default_steps(model), generator=generator)
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    steps = default_steps(model)
+    tokens = model.generate(classes.to(run.device), args.order, steps=steps, generator=generator)
     model.train()
-    pixels = common.to_uint8(tokenizer.decode(tokens, grid))
+    pixels = common.to_uint8(run.tokenizer.decode(tokens, model.config.grid))
     names = [known[0] for known in names_of_classes(class_names, len(class_names))]
-    common.save_picture(draw_grid(pixels, classes.tolist(), names, title), path)
+    common.save_picture(draw_grid(pixels, classes.tolist(), names, title), run.out / "samples.png")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,24 +206,25 @@ class TrainingLoss(torch.nn.Module):
         return self.model.loss(tokens, classes, orders, hidden)
 
 
-def train(args):
-    """Train as the command line says; see main. Writes the files that the top of this file lists."""
+def open_run(args):
+    """All that a training starts from, or goes on from: a namespace. Raises ValueError, FileNotFoundError.
+
+    Nothing is written before all that can be wrong has been checked, except tokens that are to be made.
+    """
     rank, processes, device = common.join_processes(args.device)
-    first_process, out = rank == 0, pathlib.Path(args.out)
     if args.batch_size % processes:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: give a "
                          "multiple of their number")
-    # Nothing is written before all that can be wrong has been checked. One process makes the tokens.
-    if first_process:
-        tokens, tokenizer_path = open_tokens(args.data, args.tokenizer, out, device, processes)
-    if processes > 1:
+    out = pathlib.Path(args.out)
+    if rank > 0:
+        dist.barrier()  # until the first process has made the tokens
+    tokens, tokenizer_path = open_tokens(args.data, args.tokenizer, out, device, processes)
+    if rank == 0 and processes > 1:
         dist.barrier()
-    if not first_process:
-        tokens, tokenizer_path = open_tokens(args.data, args.tokenizer, out, device, processes)
     if not tokenizer_path.is_file():
         raise FileNotFoundError(f"the tokenizer {tokenizer_path} is missing: give its place with --tokenizer")
-    tokenizer = load_tokenizer(tokenizer_path, device) if first_process else None
-    if first_process and tokenizer.config.codes != tokens.codes:
+    tokenizer = load_tokenizer(tokenizer_path, device) if rank == 0 else None
+    if tokenizer and tokenizer.config.codes != tokens.codes:
         raise ValueError(f"{tokenizer_path} has {tokenizer.config.codes} codes, but the tokens were made "
                          f"with {tokens.codes}: give --tokenizer the one that made them")
 
@@ -245,11 +234,10 @@ def train(args):
     settings = sizes[args.size] | dict(dropout=args.dropout, class_dropout=args.class_dropout)
     config = make_config(tokens.grid, tokens.codes, len(tokens.class_names), **settings)
     model = KINDS[kind](config).to(device).train()
-    name = "RAR" if kind == "rar" else "RandAR" if kind == "rope" else f"RandAR ({kind})"
-    name += f"-{args.size}"
     model.checkpoint_activations = args.checkpoint_activations
+    name = ("RAR" if kind == "rar" else "RandAR" if kind == "rope" else f"RandAR ({kind})") + f"-{args.size}"
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
-    first, log, losses = 0, [], []  # losses: of the steps since the last line of the log
+    step, log, losses = 0, [], []  # losses: of the steps since the last line of the log
     if args.resume:
         saved = common.load(out / "training.pt", device)
         if ("optimizer" not in saved or saved["config"] != asdict(config)
@@ -258,110 +246,127 @@ def train(args):
                              f"{name}: resume with the --size, --data, ... that it was started with")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first, log, losses = saved["step"], saved["log"], saved["losses"]
-        del saved  # or it would hold a second copy of the whole training in memory
-    if first >= args.steps:
-        raise ValueError(f"{out} holds {first} steps already: ask for more with --steps")
-    if first_process:
+        step, log, losses = saved["step"], saved["log"], saved["losses"]
+    if step >= args.steps:
+        raise ValueError(f"{out} holds {step} steps already: ask for more with --steps")
+    if rank == 0:
         common.writable_folder(out)
         if tokenizer_path.resolve() != (out / "tokenizer.pt").resolve():
             common.write_safely(out / "tokenizer.pt", lambda partial: shutil.copy(tokenizer_path, partial))
+    return SimpleNamespace(rank=rank, processes=processes, device=device, out=out, tokens=tokens, name=name,
+                           tokenizer=tokenizer, model=model, optimizer=optimizer, step=step, log=log,
+                           losses=losses)
 
-    def save(step):
-        """training.pt alone is enough to go on, so a crash between two of these files costs nothing."""
-        kept = {name: value for name, value in vars(args).items() if value is not None}
-        del kept["resume"], kept["out"]
-        save_model(model, out / "training.pt", optimizer=optimizer.state_dict(), step=step, log=log,
-                   losses=losses, settings=kept, class_names=tokens.class_names, order=args.order)
-        save_model(model, out / f"{args.model}.pt", half=True, class_names=tokens.class_names,
-                   order=args.order, step=step)
-        lines = "".join(json.dumps(line) + "\n" for line in log)
-        common.write_safely(out / "log.jsonl", lambda partial: partial.write_text(lines))
-        if log:
-            draw_loss(log, out / "loss.png")
 
+def save(run, args):
+    """The files of `out`. training.pt alone is enough to go on: a crash between two of them costs nothing."""
+    kept = {name: value for name, value in vars(args).items() if value is not None}
+    del kept["resume"], kept["out"]
+    more = dict(class_names=run.tokens.class_names, order=args.order, step=run.step)
+    save_model(run.model, run.out / "training.pt", optimizer=run.optimizer.state_dict(), log=run.log,
+               losses=run.losses, settings=kept, **more)
+    save_model(run.model, run.out / f"{args.model}.pt", half=True, **more)
+    lines = "".join(json.dumps(line) + "\n" for line in run.log)
+    common.write_safely(run.out / "log.jsonl", lambda partial: partial.write_text(lines))
+    if run.log:
+        draw_loss(run.log, run.out / "loss.png")
+
+
+def gradients(network, loss_function, batch, args, run, part):
+    """Add up the gradients of a batch, a micro-batch at a time. Returns the loss, a scalar on the device.
+
+    loss_function: the network, compiled or not; part: the slice of the whole batch that `batch` is.
+    """
     # bfloat16 has the range of float32, so the loss needs no scaling; weights and averages stay in float32.
-    precision = common.fast_precision(device)
+    precision = common.fast_precision(run.device)
+    autocast = torch.autocast(run.device.type, precision, enabled=precision is not torch.float32)
+    share, total = part.stop - part.start, torch.zeros((), device=run.device)
+    for place in range(0, share, args.micro_batch):
+        pieces = [x[place : place + args.micro_batch] for x in batch]
+        torch.manual_seed((args.seed * 1_000_003 + run.step) * 1_000_003 + part.start + place)  # of dropout
+        exchange = run.processes == 1 or place + args.micro_batch >= share  # gradients: in the end only
+        with contextlib.nullcontext() if exchange else network.no_sync():
+            with autocast:
+                loss = loss_function(*pieces) * (len(pieces[0]) / share)
+            loss.backward()  # the gradients of the parts add up to those of the whole batch
+        total += loss.detach() / run.processes
+    return total
+
+
+def train(args):
+    """Train as the command line says; see main. Writes the files that the top of this file lists."""
+    run = open_run(args)
+    device, processes, first_process, tokens = run.device, run.processes, run.rank == 0, run.tokens
     if device.type == "cpu":  # or two threads would add up gradients in the order in which they come: a
         torch.use_deterministic_algorithms(True)  # resumed training shall be the very same, to the last bit
         torch.utils.deterministic.fill_uninitialized_memory = False  # which only finds mistakes, and costs
-    autocast = torch.autocast(device.type, precision, enabled=precision is not torch.float32)
-    network = TrainingLoss(model)
+    network, precision = TrainingLoss(run.model), common.fast_precision(device)
     if processes > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     loss_function = torch.compile(network) if common.can_compile(device) else network
-    peak = matrix_rate(device, precision) * processes if device.type == "cuda" else None
+    peak = common.matrix_rate(device, precision) * processes if device.type == "cuda" else None
     if first_process:
-        print(f"{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-              f"on {len(tokens):,} images of {tokens.grid[0]} x {tokens.grid[1]} tokens. "
-              f"The first step may take a minute. Pictures appear in {out} every {args.picture_every} steps.")
+        print(f"{run.name}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M parameters, "
+              f"on {len(tokens):,} images of {tokens.grid[0]} x {tokens.grid[1]} tokens. The first step may "
+              f"take a minute. Pictures appear in {run.out} every {args.picture_every} steps.")
     if first_process and peak:
         print(f"MFU is the share of {peak / 1e12:.0f} TFLOP/s, measured just now with products of two "
               f"8192 x 8192 matrices in {str(precision).removeprefix('torch.')}")
 
     share = args.batch_size // processes
-    part = slice(rank * share, (rank + 1) * share)
+    part = slice(run.rank * share, (run.rank + 1) * share)
     reader = ThreadPoolExecutor(1)  # reads the next batch from the disk while this one is computed
-    coming = reader.submit(training_batch, tokens, first, args, part)
+    coming = reader.submit(training_batch, tokens, run.step, args, part)
     stop, bad_steps, seconds, timed_steps = common.stop_at_signal(), 0, 0.0, 0
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True,
-               disable=not first_process)
+    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step",
+               dynamic_ncols=True, disable=not first_process)
     for step in bar:
         started = time.perf_counter()
         rate = learning_rate(step, args.steps, args.learning_rate, args.last_learning_rate, args.descent)
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = rate
         batch = [x.to(device) for x in coming.result()]
         coming = reader.submit(training_batch, tokens, step + 1, args, part)
-        # [the loss, 1 if this process was asked to stop]; added up over all processes
-        summary = torch.tensor([0.0, len(stop) > 0], device=device)
-        for place in range(0, share, args.micro_batch):
-            pieces = [x[place : place + args.micro_batch] for x in batch]
-            torch.manual_seed((args.seed * 1_000_003 + step) * 1_000_003 + part.start + place)  # of dropout
-            last = place + args.micro_batch >= share
-            with contextlib.nullcontext() if processes == 1 or last else network.no_sync():  # only then
-                with autocast:
-                    loss = loss_function(*pieces) * (len(pieces[0]) / share)
-                loss.backward()  # the gradients of the parts add up to those of the whole batch
-            summary[0] += loss.detach() / processes
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        asked = torch.tensor(float(len(stop) > 0), device=device)  # whether to stop: any process may be asked
+        summary = torch.stack([gradients(network, loss_function, batch, args, run, part), asked])
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
         if processes > 1:
             dist.all_reduce(summary)
         step_loss, asked_to_stop = summary.tolist()
         if math.isfinite(step_loss) and math.isfinite(norm):
-            optimizer.step()
-            losses.append(step_loss)
+            run.optimizer.step()
+            run.losses.append(step_loss)
             bad_steps = 0
         else:  # such a gradient would spoil the weights and the optimiser's averages for good
             bad_steps += 1
             if first_process:
                 tqdm.write(f"step {step + 1} skipped: loss {step_loss:g}, norm of the gradient {norm:g}")
-        optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=True)
         seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
 
-        done = step + 1
-        if losses and (done % args.report == 0 or done == args.steps):
+        run.step = done = step + 1
+        if run.losses and (done % args.report == 0 or done == args.steps):
             speed = timed_steps * args.batch_size / seconds
             line = {"step": done, "images": done * args.batch_size,
-                    "loss": math.fsum(losses) / len(losses), "learning_rate": rate,
+                    "loss": math.fsum(run.losses) / len(run.losses), "learning_rate": rate,
                     "images_per_second": round(speed, 1),
                     "tokens_per_second": round(speed * math.prod(tokens.grid))}
             shown = f"loss {line['loss']:.3f}, lr {rate:.1e}, {speed:.0f} images/s"
             if peak:
-                line["mfu"] = round(speed * training_flops(model) / peak, 4)
+                line["mfu"] = round(speed * training_flops(run.model) / peak, 4)
                 shown += f", MFU {line['mfu']:.0%}"
-            log.append(line)
+            run.log.append(line)
             bar.set_postfix_str(shown)
-            losses, seconds, timed_steps = [], 0.0, 0
+            run.losses, seconds, timed_steps = [], 0.0, 0
         if bad_steps == BAD_STEPS:
-            again = "go on from the last checkpoint, --resume," if (out / "training.pt").exists() else "start"
             raise ValueError(f"the loss or its gradient was not finite in {BAD_STEPS} steps in a row, up to "
-                             f"step {done}: {again} with a lower --learning-rate")
+                             f"step {done}: start, or --resume from the last checkpoint, with a lower "
+                             "--learning-rate")
         if first_process and (asked_to_stop or done == args.steps or done % args.picture_every == 0):
-            save(done)
+            save(run, args)
             if not asked_to_stop:
-                title = f"{name}, step {done:,}, loss {step_loss:.3f}"
-                draw_samples(model, tokenizer, tokens.class_names, args, title, out / "samples.png")
+                title = f"{run.name}, step {done:,}, loss {step_loss:.3f}"
+                draw_samples(run, args, title)
         if asked_to_stop:
             bar.close()
             if first_process:
@@ -369,8 +374,8 @@ def train(args):
             raise KeyboardInterrupt
     reader.shutdown()
     if first_process:
-        print(f"loss {log[-1]['loss']:.3f}; see {out}/samples.png and {out}/loss.png; "
-              f"for more pictures: python sample.py --ckpt {out}/{args.model}.pt")
+        print(f"loss {run.log[-1]['loss']:.3f}; see {run.out}/samples.png and {run.out}/loss.png; "
+              f"for more pictures: python sample.py --ckpt {run.out}/{args.model}.pt")
 
 
 def main():

@@ -86,7 +86,7 @@ def test_the_peak_is_that_of_each_case():
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_writes_every_figure_and_a_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.SIZES, "toy", dict(dim=32, n_layer=1, n_head=2, dropout=0.0))
-    monkeypatch.setattr(bench, "matrix_rate", lambda device, precision, side: 1e11)
+    monkeypatch.setattr(common, "matrix_rate", lambda device, precision, side: 1e11)
     monkeypatch.setattr(common, "can_compile", lambda device: False)
     monkeypatch.setattr(sys, "argv", ["bench.py", "--batch-size", "2", "--seconds", "0", "--device", "cpu",
                                       "--out", str(tmp_path / "out")])

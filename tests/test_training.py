@@ -96,7 +96,7 @@ def test_the_operations_of_a_training_step_are_counted_as_they_happen():
 
 
 def test_the_rate_of_matrix_products_is_that_of_this_machine():
-    slow, fast = (train.matrix_rate(torch.device("cpu"), torch.float32, side=side) for side in (8, 512))
+    slow, fast = (common.matrix_rate(torch.device("cpu"), torch.float32, side=side) for side in (8, 512))
     assert 1e6 < slow < fast < 1e14
 
 
@@ -196,7 +196,7 @@ def test_ten_such_steps_in_a_row_end_the_training_but_not_its_last_checkpoint(he
     with pytest.raises(SystemExit) as stop:
         run(f"train.py --data tokens --steps 100 --picture-every 12 {SMALL} --out spoilt")
     assert stop.value.code == 2
-    assert "not finite in 10 steps in a row, up to step 22: go on from the last" in capsys.readouterr().err
+    assert "not finite in 10 steps in a row, up to step 22: start, or --resume from the last" in capsys.readouterr().err
     assert common.load("spoilt/training.pt")["step"] == 12
 
 
