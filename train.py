@@ -343,7 +343,6 @@ def train(args):
                 tqdm.write(f"step {step + 1} skipped: loss {step_loss:g}, norm of the gradient {norm:g}")
         run.optimizer.zero_grad(set_to_none=True)
         seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
-
         run.step = done = step + 1
         if run.losses and (done % args.report == 0 or done == args.steps):
             speed = timed_steps * args.batch_size / seconds
