@@ -23,8 +23,9 @@ from tqdm import tqdm
 import common
 import toy
 from features import add_commands, correspond, encode_features
-from randar import ORDERS, check_sampling, generation_order, grid_angles, rotary_angles, step_sizes
-from sample import UNDECODED, decoding_steps, load_models, names_of_classes, parse_classes, spread_classes
+from randar import check_sampling, generation_order, grid_angles, rotary_angles, step_sizes
+from sample import (UNDECODED, add_decoding_flags, decoding_precision, decoding_steps, load_models,
+                    names_of_classes, parse_classes, spread_classes)
 
 __all__ = ["inpaint", "outpaint", "extrapolate", "encode_features", "correspond"]
 
@@ -265,7 +266,9 @@ def open_models(args):
     check_sampling(args.cfg, args.temperature, args.top_k, args.top_p, args.scg)
     generation_order(args.order or "random", 1, (1, 1))
     step_sizes(1, -1 if args.steps is None else args.steps)
-    model, tokenizer = load_models(args.ckpt, args.tokenizer, common.pick_device(args.device))
+    device = common.pick_device(args.device)
+    model, tokenizer = load_models(args.ckpt, args.tokenizer, device)
+    model.to(decoding_precision(device))
     args.order = args.order or model.order
     options = {name: getattr(args, name) for name in "order steps cfg scg temperature top_k top_p".split()}
     common.writable_folder(pathlib.Path(args.out).parent)
@@ -406,8 +409,8 @@ def main():
             ("extrapolate", extrapolate_command, 10, "up to ten", "draw more tokens than in training")):
         command = commands.add_parser(name, help=what, description=what)
         command.set_defaults(run=run, name=name)
-        add, larger = command.add_argument, name == "extrapolate"
-        if larger:
+        add = command.add_argument
+        if name == "extrapolate":
             add("--factor", type=int, default=2, help="of the resolution (default: 2)")
             add("--frequencies", type=int, default=2, help="of each axis, extrapolated (default: 2)")
         else:
@@ -423,23 +426,11 @@ def main():
         add("--classes", nargs="+" if name in ("edit", "extrapolate") else 1, metavar="CLASS",
             help=f"number or name (default: {classes})")
         add("--number", type=int, default=number,
-            help=f"{'pictures' if larger else 'results, each of another seed'} (default: {number})")
-        add("--ckpt", default=common.CHECKPOINTS / "randar_toy.pt",
-            help="weights of train.py or released ones (default: the toy model that ships)")
-        add("--tokenizer", help="ours or a released one (default: tokenizer.pt beside --ckpt)")
-        steps, cfg, scg = (-1, (3.0, 3.0), 2.5) if larger else (None, (1.0, 4.0), 1.0)
-        add("--steps", type=int, default=steps,
-            help=f"of decoding, -1: one a token (default: {steps or '88 per 256 missing tokens'})")
-        add("--order", help=f"one of {', '.join(ORDERS)} (default: that of the model's training)")
-        add("--cfg", nargs=2, type=float, default=cfg, metavar=("START", "END"),
-            help=f"classifier-free guidance, from START to END (default: {cfg[0]:g} {cfg[1]:g})")
-        add("--scg", type=float, default=scg, help=f"spatial contextual guidance (default: {scg:g})")
-        add("--temperature", type=float, default=1.0)
-        add("--top-k", type=int, default=0, help="the k most likely tokens only (default: all)")
-        add("--top-p", type=float, default=1.0, help="the likeliest tokens of this probability")
-        add("--seed", type=int, default=0)
-        add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
-        add("--out", default=f"{name}.png", help=f"the picture to write (default: {name}.png)")
+            help=f"{'pictures' if name == 'extrapolate' else 'results, each of another seed'} "
+                 f"(default: {number})")
+        larger = dict(steps=-1, cfg=(3.0, 3.0), scg=2.5) if name == "extrapolate" else {}
+        usual_steps = "-1" if larger else "88 per 256 missing tokens"
+        add_decoding_flags(add, usual_steps, f"{name}.png", **larger)
     add_commands(commands)
     args = parser.parse_args()
     with common.one_line_errors():

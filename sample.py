@@ -46,6 +46,11 @@ def default_steps(model):
     return -1 if isinstance(model, ONE_BY_ONE) else decoding_steps(model.config.grid)
 
 
+def decoding_precision(device):
+    """bfloat16 on a GPU: half the bytes to read at each step. Elsewhere float32, the same on all machines."""
+    return common.fast_precision(device) if device.type == "cuda" else torch.float32
+
+
 def load_models(ckpt, tokenizer, device, load=load_randar):
     """(RandAR, Tokenizer) from files, in eval mode. tokenizer: a path, or None for tokenizer.pt beside ckpt.
 
@@ -235,6 +240,7 @@ def draw(args, rank, processes, device):
     if args.npz and (pathlib.Path(args.npz).suffix != ".npz" or pathlib.Path(args.npz).is_dir()):
         raise ValueError(f"cannot write pictures as {args.npz}: give a name that ends in .npz")
     model, tokenizer = load_models(args.ckpt, args.tokenizer, device, load_model)
+    model.to(decoding_precision(device))
     names = names_of_classes(model.class_names, model.config.num_classes)
     if args.classes:
         chosen = parse_classes(args.classes, names)
@@ -317,28 +323,33 @@ def draw(args, rank, processes, device):
             print(f"Frechet distance to fresh pictures {verdict['frechet']:.2f} (1,000 fresh ones: 0.26)")
 
 
+def add_decoding_flags(add, usual_steps, out, steps=None, cfg=(1.0, 4.0), scg=1.0):
+    """The flags that this command shares with those of apps.py; add: a parser's add_argument."""
+    add("--ckpt", default=common.CHECKPOINTS / "randar_toy.pt",
+        help="weights of train.py or released ones (default: the toy model that ships)")
+    add("--tokenizer", help="ours or a released one (default: tokenizer.pt beside --ckpt)")
+    add("--steps", type=int, default=steps, help=f"of decoding, -1: one a token (default: {usual_steps})")
+    add("--order", help=f"one of {', '.join(ORDERS)} (default: that of the model's training)")
+    add("--cfg", nargs=2, type=float, default=cfg, metavar=("START", "END"),
+        help=f"classifier-free guidance, from START to END (default: {cfg[0]:g} {cfg[1]:g})")
+    add("--scg", type=float, default=scg, help=f"spatial contextual guidance (default: {scg:g})")
+    add("--temperature", type=float, default=1.0)
+    add("--top-k", type=int, default=0, help="the k most likely tokens only (default: all)")
+    add("--top-p", type=float, default=1.0, help="the likeliest tokens of this probability")
+    add("--seed", type=int, default=0)
+    add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    add("--out", default=out, help=f"the picture to write (default: {out})")
+
+
 def main():
     parser = common.command_line(__doc__)
-    parser.add_argument("--ckpt", default=common.CHECKPOINTS / "randar_toy.pt",
-                        help="weights of train.py or released ones (default: the toy model that ships)")
-    parser.add_argument("--tokenizer", help="ours or a released one (default: tokenizer.pt beside --ckpt)")
     parser.add_argument("--classes", nargs="+", metavar="CLASS",
                         help="numbers or names (default: ten, with --npz all in turn)")
     parser.add_argument("--number", type=int, help="pictures in all (default: 8 of each class)")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
-    parser.add_argument("--steps", type=int, help="of decoding, -1: one a token (default: 88 per 256 tokens)")
-    parser.add_argument("--order", help=f"one of {', '.join(ORDERS)} (default: that of its training)")
-    parser.add_argument("--cfg", nargs=2, type=float, default=(1.0, 4.0), metavar=("START", "END"),
-                        help="classifier-free guidance, rising from START to END (default: 1 4)")
+    add_decoding_flags(parser.add_argument, "88 per 256 tokens", out="samples.png")
     parser.add_argument("--power", type=float, metavar="P",
                         help="RAR: guidance rises as 1 - cos(pi share^P) (default: in a straight line)")
-    parser.add_argument("--scg", type=float, default=1.0, help="spatial contextual guidance (default: 1)")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0, help="the k most likely tokens only (default: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="the likeliest tokens of this probability")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
-    parser.add_argument("--out", default="samples.png", help="the picture to write (default: samples.png)")
     parser.add_argument("--gif", action="store_true", help="also an animation of the decoding, beside --out")
     parser.add_argument("--npz", metavar="FILE", help="also all pictures, for evaluate.py, in ADM's format")
     args = parser.parse_args()

@@ -7,7 +7,7 @@
     figures                        how good a model's samples are: the toy judge's figures
     guidance_runs ... scg_runs     what each table and figure of the paper compares
     features, latency              what has no samples to judge
-    measure, mean_and_spread       files, and how notebook 8 reads them
+    measure, read, show            files, and how notebook 8 reads them
 
 Every comparison has SAMPLES samples for each of SEEDS, against as many fresh pictures. The raster model and
 the last random one are those that ship for everybody, trained by the same command.
@@ -22,7 +22,8 @@ import subprocess
 import sys
 import time
 
-os.environ["TQDM_DISABLE"] = "1"  # the bars of what is called would hide the one that matters
+if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of what is called would hide the one that matters
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -40,6 +41,7 @@ from vqgan import load_tokenizer  # noqa: E402
 
 WEIGHTS, RESULTS = common.CHECKPOINTS / "miniature", HERE / "miniature"
 SAMPLES, SEEDS, BATCH = 2000, (0, 1, 2), 250
+FIGURES = ("accuracy", "FID", "IS", "precision", "recall")
 PARALLEL, ALL = 22, 64  # decoding steps: 88 of 256 as a share of 64, and one token a step
 
 # ------------------------------------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ def figures(run, seed, device):
         generator=generator))) for some in classes.split(BATCH)]
     fresh, _, _ = toy.make(SAMPLES, toy.JUDGE_SEED + 100 + seed)
     result = evaluate(np.concatenate(pixels), fresh, classes=classes.cpu().numpy())
-    return {name: result[name] for name in ("accuracy", "FID", "IS", "precision", "recall")}
+    return {name: result[name] for name in FIGURES}
 
 
 def run_of(model, steps=PARALLEL, order="random", cfg=None, scg=1.0, trained=STEPS):
@@ -167,7 +169,7 @@ def features(device):
     tokenizer = load_tokenizer(common.CHECKPOINTS / "tokenizer.pt", device)
     for name in ("toy", "raster"):
         model = load_model(weights(name), device)
-        tables = [table_by_layer(model, tokenizer, 200, seed, model.order) for seed in SEEDS]
+        tables = [table_by_layer(model, tokenizer, 200, seed, model.order).tolist() for seed in SEEDS]
         yield dict(run=dict(model=name), results=tables)
 
 
@@ -226,6 +228,21 @@ def mean_and_spread(row, figure):
     """Over the seeds: the mean, and the standard deviation of a single draw (0 of one seed alone)."""
     values = [result[figure] for result in row["results"]]
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def show(rows, label):
+    """Prints a line for each row, mean and spread of each figure; label: a run -> what the line is called."""
+    names = [label(row["run"]) for row in rows]
+    width = max(map(len, names)) + 2
+    print(" " * width + "".join(f"{figure:>16}" for figure in FIGURES))
+    for row, name in zip(rows, names):
+        cells = [mean_and_spread(row, figure) for figure in FIGURES]
+        print(f"{name:{width}}" + "".join(f"{mean:>9.3f} ±{spread:.3f}" for mean, spread in cells))
+
+
+def pick(rows, **wanted):
+    """The rows whose runs have these values, for example pick(rows, model="toy", steps=22)."""
+    return [row for row in rows if all(row["run"][key] == value for key, value in wanted.items())]
 
 
 def main():
