@@ -312,7 +312,7 @@ class RandAR(nn.Module):
 
         positions: int64 [b, n]; the rotation says all, but another kind may want them (rar.Dense).
         Attention rotates their queries and keys a second time, like those of all tokens. This first rotation
-        is what makes the *values* differ: without it every P_i would be the same vector, and tell nothing.
+        is what makes the *values* differ: the second shows in comparisons with other image tokens only.
         """
         e = self.pos_instruct_embeddings.view(1, 1, self.config.n_head, self.head_dim)
         return rotate(e.expand(*rotation.shape[:2], -1, -1), rotation[:, :, None]).flatten(2)
