@@ -34,7 +34,7 @@ def open_models(model="toy", randar=None, raster=None, tokenizer=None, images=No
     """What a notebook works on. model: "toy", the weights that ship; else the files given are opened.
 
     randar, tokenizer: released or own weights; raster: a raster-order counterpart, or None where there is
-    none; images: a folder of class folders of images. Returns a namespace:
+    none; images: a folder of class folders of images, for `examples`. Returns a namespace:
 
     randar, raster      the models, in eval mode on the GPU if there is one; raster may be None
     tokenizer, device
@@ -52,22 +52,29 @@ def open_models(model="toy", randar=None, raster=None, tokenizer=None, images=No
     randar, tokenizer = load_randar(randar, device), load_tokenizer(tokenizer, device)
     raster = load_randar(raster, device) if raster else None
 
+    aliases = names_of_classes(randar.class_names, randar.config.num_classes)  # all names of each class
+
     def examples(n, seed=0):
         if model == "toy":
             pixels, classes, _ = toy.make(n, seed)
         else:
-            paths, labels, _ = data.list_images(images)
+            if images is None:
+                raise ValueError("some images are needed: PATHS['images'], a folder of class folders")
+            paths, labels, folders = data.list_images(images)
+            if n > len(paths):
+                raise ValueError(f"{n} images are needed, {images} has {len(paths)}")
             chosen = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[:n].tolist()
             side = tokenizer.config.image_size
             pixels = np.stack([np.array(common.open_picture(paths[i]).resize((side, side))) for i in chosen])
-            classes = torch.tensor([int(labels[i]) for i in chosen])
+            # Folders may be some of the classes only: where one is called like a class, it is that class.
+            numbers = {name: i for i, names in enumerate(aliases) for name in names}
+            classes = torch.tensor([numbers.get(folders[labels[i]], int(labels[i])) for i in chosen])
         tokens = torch.cat([tokenizer.encode(common.from_uint8(pixels[i : i + 64]).to(device))
                             for i in range(0, n, 64)])
         return tokens, torch.as_tensor(classes).to(device), pixels
 
-    number = randar.config.num_classes
-    names = [known[0] for known in names_of_classes(randar.class_names, number)]
-    return SimpleNamespace(randar=randar, raster=raster, tokenizer=tokenizer, device=device, names=names,
+    return SimpleNamespace(randar=randar, raster=raster, tokenizer=tokenizer, device=device,
+                           names=[names[0] for names in aliases],
                            grid=randar.config.grid, number=randar.config.grid[0] * randar.config.grid[1],
                            steps=decoding_steps(randar.config.grid), examples=examples)
 
