@@ -27,7 +27,8 @@ from randar import check_sampling, generation_order, grid_angles, rotary_angles,
 from sample import (UNDECODED, add_decoding_flags, decoding_precision, decoding_steps, load_models,
                     names_of_classes, parse_classes, spread_classes)
 
-__all__ = ["inpaint", "outpaint", "extrapolate", "encode_features", "correspond"]
+__all__ = ["complete", "inpaint", "outpaint", "outpaint_by_windows", "extrapolate", "encode_features",
+           "correspond"]
 
 # ------------------------------------------------------------------------------------------------------------
 # The one move: what is known comes first

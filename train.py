@@ -26,9 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from types import SimpleNamespace
 
-import matplotlib
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -39,9 +39,6 @@ from randar import ORDERS, SIZES, Config, generation_order
 from rar import KINDS, RAR_SIZES, RARConfig, randomness, save_model
 from sample import default_steps, draw_grid, names_of_classes, spread_classes
 from vqgan import load_tokenizer
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the choice of a backend that needs no screen)
 
 # ------------------------------------------------------------------------------------------------------------
 # The recipe (Sec. 4.1): each line is a flag of the command, too
@@ -165,16 +162,15 @@ def training_flops(model):
 
 def draw_loss(log, path):
     """The loss curve, from the lines of the log."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="tight")
+    axes = figure.subplots()
     axes.plot([line["step"] for line in log], [line["loss"] for line in log], color="black", linewidth=1.2,
               marker="." if len(log) < 3 else None)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats a token")
     axes.set_title(f"{log[-1]['images']:,} images seen: loss {log[-1]['loss']:.3f}")
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     common.write_safely(path, lambda partial: figure.savefig(partial, format="png"))
-    pyplot.close(figure)
 
 
 def draw_samples(run, args, title):
