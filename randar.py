@@ -501,8 +501,8 @@ def collect(steps, tokens, known=None):
 # Guidance and sampling
 #
 # Classifier-free guidance moves the logits away from what the model would say without the class. Spatial
-# contextual guidance (App. F) does the same with the image as context: away from what it would say with a
-# quarter of the tokens dropped. Each context is a stream of its own through the decoder.
+# contextual guidance (App. F): away from what it would say if image tokens had been dropped, known ones too,
+# each with probability 1/4, drawn once, when it enters the cache. Each context is a stream of its own.
 
 Stream = namedtuple("Stream", "drops with_class")
 FULL_CLASS, FULL_NULL, DROP_NULL = Stream(False, True), Stream(False, False), Stream(True, False)

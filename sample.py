@@ -349,7 +349,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
     add_decoding_flags(parser.add_argument, "88 per 256 tokens", out="samples.png")
     parser.add_argument("--power", type=float, metavar="P",
-                        help="RAR: guidance rises as 1 - cos(pi share^P) (default: in a straight line)")
+                        help="RAR: guidance rises as (1 - cos(pi share^P)) / 2 (default: in a straight line)")
     parser.add_argument("--gif", action="store_true", help="also an animation of the decoding, beside --out")
     parser.add_argument("--npz", metavar="FILE", help="also all pictures, for evaluate.py, in ADM's format")
     args = parser.parse_args()
