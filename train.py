@@ -111,7 +111,8 @@ def open_tokens(path, tokenizer_path, out, device, processes=1):
         if tokens.source in (str(source), None) and same_tokenizer:
             return tokens, tokenizer_path
     tokenizer = load_tokenizer(tokenizer_path, device)
-    (encoded / "meta.json").unlink(missing_ok=True)  # of other images or another tokenizer: ours to replace
+    if (encoded / "meta.json").is_file():  # of other images or another tokenizer: ours to replace
+        (encoded / "meta.json").unlink()
     if path is None:
         common.writable_folder(encoded)  # to know it before a minute of drawing
         images, labels, _ = toy.make(TOY_IMAGES, seed=0)

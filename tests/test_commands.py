@@ -215,7 +215,7 @@ MISTAKES = {
     "train.py --data photos --tokenizer cut/tok.pt": "may be truncated",
     f"{TRAIN} --tokenizer nowhere.pt": "the tokenizer nowhere.pt is missing: .* with --tokenizer",
     f"{TRAIN} --tokenizer other_tok.pt": "31 codes, but the tokens were made with 32: give --tok",
-    f"{TRAIN} --size M": "'M' .*choose from '?toy'?, '?L'?, '?XL'?, '?XXL",
+    f"{TRAIN} --size M": "'M' .*choose from '?tiny'?, '?toy'?, '?L'?, '?XL'?, '?XXL",
     f"{TRAIN} --steps 0": "--steps must be above 0, not 0",
     f"{TRAIN} --steps -3": "--steps must be above 0, not -3",
     f"{TRAIN} --steps many": "--steps: invalid int value: 'many'",
