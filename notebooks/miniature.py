@@ -77,14 +77,28 @@ def train(out):
                 continue
             state = folder / "training.pt"
             done = common.load(state)["step"] if state.is_file() else 0
+            if done > steps:
+                raise ValueError(f"{folder} has gone on to step {done}, but {weights(name, steps)} is "
+                                 "missing: remove that folder, to train anew")
             if done < steps:
                 print(f"{name}: from step {done} to {steps}", flush=True)
                 line = [*flags.split(), "--steps", steps, "--descent", 0 if steps < STEPS else 1 / 6,
                         "--out", folder.resolve(), *["--resume"] * (done > 0)]
-                bar = os.environ | {"TQDM_DISABLE": "0"}
-                subprocess.run([sys.executable, "train.py", *map(str, line)], check=True, cwd=ROOT, env=bar)
+                run_to_its_end([sys.executable, "train.py", *map(str, line)])
             result = folder / ("rar.pt" if name == "rar" else "randar.pt")
             common.write_safely(weights(name, steps), lambda partial: shutil.copy(result, partial))
+
+
+def run_to_its_end(command):
+    """Run a command in the project's folder, with its bar. If it fails, it has said why: this ends, too."""
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TQDM_DISABLE": "0"})
+    while process.poll() is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:  # the terminal has sent it to the command as well, which saves first
+            pass
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -81,3 +81,8 @@ def run_typed(line, folder, processes=None):
     process = subprocess.run(**typed(line, folder, processes), timeout=120)
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+def arguments_of(golden):
+    """Tokens, classes and orders of a reference output (an .npz), as models take them."""
+    return [torch.from_numpy(golden[name]) for name in ("tokens", "classes", "order")]

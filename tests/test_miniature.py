@@ -100,7 +100,7 @@ def test_figures_are_those_of_the_samples_of_a_seed(elsewhere, monkeypatch):
 def test_training_calls_train_py_for_what_is_missing_and_goes_on_from_what_is_there(elsewhere, monkeypatch):
     lines = []
 
-    def pretend(line, check, cwd, env):
+    def pretend(line):
         lines.append(" ".join(line[2:]))
         folder, steps = pathlib.Path(line[line.index("--out") + 1]), int(line[line.index("--steps") + 1])
         folder.mkdir(exist_ok=True, parents=True)
@@ -109,10 +109,20 @@ def test_training_calls_train_py_for_what_is_missing_and_goes_on_from_what_is_th
 
     trainings = {"tiny": ("--size tiny", (600, STEPS)), "toy": ("", (STEPS,))}
     monkeypatch.setattr(miniature, "TRAININGS", trainings)
-    monkeypatch.setattr(miniature.subprocess, "run", pretend)
+    monkeypatch.setattr(miniature, "run_to_its_end", pretend)
     (elsewhere / "weights").mkdir()
     common.save(small_model().state_dict(), elsewhere / "weights" / f"toy_{STEPS}.pt")  # this one is there
     miniature.train(elsewhere)
     assert lines == [f"--size tiny --steps 600 --descent 0 --out {elsewhere}/tiny",
                      f"--size tiny --steps {STEPS} --descent {1 / 6} --out {elsewhere}/tiny --resume"]
     assert weights("tiny", 600).is_file() and weights("tiny").is_file()
+    weights("tiny", 600).unlink()  # what the folder holds is not that any more
+    with pytest.raises(ValueError, match=f"gone on to step {STEPS}.*remove that folder"):
+        miniature.train(elsewhere)
+
+
+def test_a_training_that_fails_ends_with_its_own_exit_code():
+    miniature.run_to_its_end([sys.executable, "-c", "open('train.py')"])  # in the project's folder
+    with pytest.raises(SystemExit) as stop:
+        miniature.run_to_its_end([sys.executable, "-c", "raise SystemExit(130)"])
+    assert stop.value.code == 130

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, C, N, V, inputs_of, small_model
+from helpers import GOLDEN, C, N, V, arguments_of, inputs_of, small_model
 
 import common
 from randar import SIZES, Config, RandAR
@@ -160,10 +160,6 @@ def golden():
 def golden_model(golden):
     settings = json.loads(str(golden["config"]))
     return small_model(**settings | {"grid": (settings["grid"], settings["grid"])})
-
-
-def arguments_of(golden):
-    return [torch.from_numpy(golden[name]) for name in ("tokens", "classes", "order")]
 
 
 def test_logits_are_those_of_the_released_code(golden, golden_model):

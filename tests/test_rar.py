@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from golden import fill
-from helpers import GOLDEN, SMALL, C, N, V, inputs_of, seeded, small_tokenizer
+from helpers import GOLDEN, SMALL, C, N, V, arguments_of, inputs_of, seeded, small_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -267,10 +267,6 @@ def golden_model(golden):
     model = RAR(RARConfig(**settings | {"grid": (settings["grid"], settings["grid"])}))
     model.load_state_dict(fill.state_for({name: p.shape for name, p in model.named_parameters()}))
     return model.eval()
-
-
-def arguments_of(golden):
-    return [torch.from_numpy(golden[name]) for name in ("tokens", "classes", "order")]
 
 
 def test_logits_are_those_of_the_released_code(golden, golden_model):
