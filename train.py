@@ -1,64 +1,72 @@
 """Train a RandAR: python train.py
 
-With no argument: the smallest model on the toy world, pictures within minutes. The recipe of the paper
-(Sec. 4.1) is --size L --data TOKENS; every number of it can be overridden. On many GPUs, the same command:
-torchrun --nproc-per-node 8 train.py --size XXL --data TOKENS. The models of rar.py are trained in the same
-way: --model rar for RAR, --position dense or merge for RandAR's ablations.
+Without arguments: the smallest model on the toy world, pictures within minutes. The paper's recipe
+(Sec. 4.1) is --size L --data TOKENS; each of its numbers is a flag. On many GPUs the same command:
+torchrun --nproc-per-node 8 train.py --size XXL --data TOKENS. The models of rar.py learn in the
+same way: --model rar for RAR, --position dense or merge for RandAR's ablations.
 
-    RECIPE, learning_rate, make_optimizer     what the paper fixed
-    open_tokens, training_batch               the data: the toy world, a token folder, or a folder of images
-    training_flops                            what a step costs
-    draw_loss, draw_samples                   what people watch while it trains
-    open_run, save, train                     the loop, and what it starts from
+    RECIPE, learning_rate, make_optimizer   what the paper fixed
+    open_tokens, training_batch             what a training step reads
+    train                                   the loop: the heart of this file
+    report ... draw_loss                    what people watch meanwhile
+    Run, open_run, save, make_network       what a training starts from, and goes on from
+    training_flops, matrix_rate             what a step costs
 
-    out/randar.pt      the weights (RAR's: rar.pt)     out/samples.png   what the model draws now
-    out/training.pt    all of it, for --resume         out/loss.png      the curve
-    out/tokenizer.pt   copied here, for sample.py      out/log.jsonl     a line of JSON per report
+Written into the folder --out:
+
+    randar.pt (rar.pt)   the weights                   samples.png   what the model draws now
+    training.pt          all of it, for --resume       loss.png      the curves
+    tokenizer.pt         copied here, for sample.py    log.jsonl     a line of JSON for each report
 """
 
-import contextlib
+import functools
 import json
 import math
 import pathlib
+import shlex
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import common
-import data
-import toy
-from randar import ORDERS, SIZES, Config, generation_order
-from rar import KINDS, RAR_SIZES, RARConfig, randomness, save_model
-from sample import default_steps, draw_grid, names_of_classes, spread_classes
-from vqgan import load_tokenizer
+from randar import ORDERS, SIZES, RandAR, generation_order, save_randar
+from rar import KINDS, RAR_SIZES, randomness
+from support import border, classes, data, pictures, toy
+from support.border import UserError, fraction, positive_float, positive_int
+from tokenizer import Tokenizer, load_tokenizer
 
-# ------------------------------------------------------------------------------------------------------------
-# The recipe (Sec. 4.1): each line is a flag of the command, too
+# ------------------------------------------------------------------------------------------------
+# The recipe
+#
+# The numbers are the paper's (Sec. 4.1), but gradient clipping and dropout in layers: these are the
+# released code's. The toy world takes a larger step, and so small a model need not forget anything.
 
-RECIPE = {
-    "steps": (360_000, "optimiser steps"),
-    "batch_size": (1024, "images a step, of all processes together"),
-    "micro_batch": (32, "of these at a time, as many as fit into the memory"),
-    "learning_rate": (4e-4, "at its peak"),
-    "last_learning_rate": (1e-5, "in the end"),
-    "descent": (1 / 6, "share of the steps in which it falls"),
-    "weight_decay": (0.05, "of matrices"),
-    "clip": (1.0, "largest norm of the gradient"),
-    "dropout": (0.1, "of token embeddings, attention and feed-forward outputs"),
-    "class_dropout": (0.1, "how often the class is hidden"),
-    "picture_every": (500, "steps to a checkpoint and new pictures"),
+RECIPE = {  # flag: (default, type, text)
+    "steps": (360_000, positive_int, "training steps"),
+    "batch_size": (1024, positive_int, "images a step, of all processes together"),
+    "micro_batch": (32, positive_int, "of these at a time, as many as fit into the memory"),
+    "learning_rate": (4e-4, positive_float, "at its peak"),
+    "min_lr": (1e-5, fraction, "the learning rate in the end"),
+    "descent": (1 / 6, fraction, "share of the steps in which it falls"),
+    "weight_decay": (0.05, fraction, "of matrices"),
+    "grad_clip": (1.0, positive_float, "largest norm of the gradient"),
+    "dropout": (0.1, fraction, "of token embeddings and of layers' outputs"),
+    "class_dropout": (0.1, fraction, "how often the class is hidden"),
+    "picture_every": (500, positive_int, "steps to a checkpoint, held-out loss and pictures"),
 }
-TOY = dict(steps=1200, batch_size=64, micro_batch=64, learning_rate=3e-3, dropout=0.0, picture_every=250)
-TOY_IMAGES = 40_000
-BAD_STEPS = 10  # without a finite loss and gradient, in a row: after these the training stops
+TOY = {"steps": 1200, "batch_size": 64, "micro_batch": 64, "learning_rate": 3e-3, "dropout": 0.0,
+       "picture_every": 250}  # instead, for the sizes
+SIZES_OF = {"randar": SIZES, "rar": RAR_SIZES}
+TOY_SIZES, TOY_IMAGES = ("tiny", "toy"), 40_000
+HELD_OUT = 512  # images at most, to measure the loss of: two seconds for the toy sizes
+BAD_STEPS = 10  # without a finite loss and gradient, in a row: these end the training
 
 
 def learning_rate(step, steps, peak, last=1e-5, descent=1 / 6):
@@ -69,377 +77,441 @@ def learning_rate(step, steps, peak, last=1e-5, descent=1 / 6):
 
 
 def make_optimizer(model, peak, weight_decay=0.05):
-    """AdamW; weight decay on matrices only: to pull a norm's scale towards zero would only do harm."""
+    """AdamW; weight decay on matrices only: to pull a norm's scale towards zero would do harm."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The data
+# ------------------------------------------------------------------------------------------------
+# What a step reads
+#
+# Tokens, not images: tokenizer.py has turned these into a folder of tokens, once and for all.
 
 
-def open_tokens(path, tokenizer_path, out, device, processes=1):
-    """The TokenFolder to train on, and the path of the tokenizer that made it.
-
-    path: a token folder, a folder of class folders of images (turned into tokens in out/tokens first), or
-    None for the toy world. Raises FileNotFoundError or ValueError where there is nothing to train on.
-    """
-    if path is not None and (pathlib.Path(path) / "meta.json").is_file():
-        tokens = data.TokenFolder(path)
-        return tokens, pathlib.Path(tokenizer_path or tokens.tokenizer)
-    encoded = out / "tokens"
-    if path is not None and not pathlib.Path(path).is_dir():
-        raise FileNotFoundError(f"no folder {path}: give a token folder, or one of class folders of images, "
-                                "with --data")
-    if path is None:
-        source, tokenizer_path = "toy world", tokenizer_path or common.CHECKPOINTS / "tokenizer.pt"
-    else:
-        source, (paths, labels, names) = pathlib.Path(path).resolve(), data.list_images(path)
-        if tokenizer_path is None:
-            raise ValueError(f"{path} holds images: give the --tokenizer that shall turn them into tokens "
-                             "(python tokenizer.py train makes one)")
-        if processes > 1:
-            raise ValueError(f"{path} holds images: turn them into tokens first, python tokenizer.py encode; "
-                             "that is no work for many processes")
-    tokenizer_path = pathlib.Path(tokenizer_path)
-    if (encoded / "meta.json").is_file():  # from an earlier start: as good as new if nothing has changed
-        tokens = data.TokenFolder(encoded)
-        same_tokenizer = tokenizer_path.resolve() in (pathlib.Path(tokens.tokenizer),
-                                                      (out / "tokenizer.pt").resolve())
-        if tokens.source in (str(source), None) and same_tokenizer:
-            return tokens, tokenizer_path
-    tokenizer = load_tokenizer(tokenizer_path, device)
-    if (encoded / "meta.json").is_file():  # of other images or another tokenizer: ours to replace
-        (encoded / "meta.json").unlink()
-    if path is None:
-        common.writable_folder(encoded)  # to know it before a minute of drawing
+def open_tokens(args, rank, processes, device):
+    """The TokenFolder of --data, or the toy world: drawn and encoded once, into OUT/tokens."""
+    folder = pathlib.Path(args.data or f"{args.out}/tokens")
+    if args.data is None and rank == 0 and not (folder / "labels.npy").is_file():
+        path = args.tokenizer or border.CHECKPOINTS / "tokenizer.pt"
+        tokenizer = load_tokenizer(path, device)
+        border.writable_folder(folder)  # to know it before a minute of drawing
         images, labels, _ = toy.make(TOY_IMAGES, seed=0)
-        data.encode_images(images, labels, toy.CLASSES, source, tokenizer, tokenizer_path, encoded, toy.SIDE,
-                           crops=1)
-    else:
-        data.encode_images(paths, labels, names, source, tokenizer, tokenizer_path, encoded,
-                           tokenizer.config.image_size)
-    return data.TokenFolder(encoded), tokenizer_path
+        data.encode_images(images, labels, toy.CLASSES, tokenizer, path, folder, crops=1)
+    if processes > 1:
+        dist.barrier()  # until the first process has made them
+    return data.TokenFolder(folder)
 
 
 def training_batch(tokens, step, args, part):
-    """What step number `step` trains on: tokens [n, N], classes [n], orders [n, N], hidden classes bool [n].
+    """What a training step reads: tokens [n, N], classes [n], orders [n, N], drop_class bool [n].
 
-    part: a slice of the batch, the share of this process. All that chance decides follows from the seed and
-    the number of the step, for the whole batch: so a training that is resumed goes on exactly as it would
-    have, and many processes together see exactly what one alone would.
+    part: a slice of the batch, the n images of this process. All chance follows from the seed and
+    the step's number, for the whole batch: a resumed training goes on exactly as it would have, and
+    many processes see together what one would see.
     """
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    orders = generation_order(args.order, args.batch_size, tokens.grid, generator)  # afresh for every image
-    hidden = torch.rand(args.batch_size, generator=generator) < args.class_dropout
-    if args.anneal:
+    orders = generation_order(args.order, args.batch_size, tokens.grid, generator)  # [batch, N]
+    drop_class = torch.rand(args.batch_size, generator=generator) < args.class_dropout
+
+    if args.anneal:  # RAR's Sec. 3.2: fewer and fewer images are shuffled, a share r of them
         random = generation_order("random", args.batch_size, tokens.grid, generator)
         r = randomness(step, args.steps, *args.anneal)
-        orders = torch.where(torch.rand(args.batch_size, 1, generator=generator) < r, random, orders)
-    return *tokens.batch(step, args.batch_size, args.seed, part), orders[part], hidden[part]
+        shuffled = torch.rand(args.batch_size, 1, generator=generator) < r  # [batch, 1]
+        orders = torch.where(shuffled, random, orders)
+    return *tokens.batch(step, args.batch_size, args.seed, part), orders[part], drop_class[part]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What it costs
-
-
-def training_flops(model):
-    """Floating-point operations of one training image: a forward pass, and a backward pass twice as dear."""
-    config, number = model.config, math.prod(model.config.grid)
-    length = number * (model.predicting.step or 1)  # 2 N tokens; N, where none are inserted
-    in_layers = sum(p.numel() for p in model.layers.parameters())  # each meets every one of them once
-    matrices = length * in_layers + number * model.output.weight.numel()
-    # Query by key, then weights by value: d multiplications each for every pair of tokens, half of which a
-    # causal model needs.
-    attention = config.n_layer * 2 * config.dim * length**2 / 2
-    return 3 * 2 * (matrices + attention)  # 2: a multiplication and an addition
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What people watch
-
-
-def draw_loss(log, path):
-    """The loss curve, from the lines of the log."""
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="tight")
-    axes = figure.subplots()
-    axes.plot([line["step"] for line in log], [line["loss"] for line in log], color="black", linewidth=1.2,
-              marker="." if len(log) < 3 else None)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a token")
-    axes.set_title(f"{log[-1]['images']:,} images seen: loss {log[-1]['loss']:.3f}")
-    axes.grid(alpha=0.3)
-    common.write_safely(path, lambda partial: figure.savefig(partial, format="png"))
-
-
-def draw_samples(run, args, title):
-    """Eight samples of ten classes; every time the same classes, orders and random numbers, to compare."""
-    model, class_names = run.model, run.tokens.class_names
-    classes = spread_classes(range(len(class_names)), rows=10, columns=8)
-    model.eval()
-    generator = torch.Generator(run.device).manual_seed(args.seed)
-    steps = default_steps(model)
-    tokens = model.generate(classes.to(run.device), args.order, steps=steps, generator=generator)
-    model.train()
-    pixels = common.to_uint8(run.tokenizer.decode(tokens, model.config.grid))
-    names = [known[0] for known in names_of_classes(class_names, len(class_names))]
-    common.save_picture(draw_grid(pixels, classes.tolist(), names, title), run.out / "samples.png")
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The loop
-
-
-class TrainingLoss(torch.nn.Module):
-    """The loss as a module of its own: DistributedDataParallel wraps a module, and calls its forward."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens, classes, orders, hidden):
-        return self.model.loss(tokens, classes, orders, hidden)
-
-
-def open_run(args):
-    """All that a training starts from, or goes on from: a namespace. Raises ValueError, FileNotFoundError.
-
-    Nothing is written before all that can be wrong has been checked, except tokens that are to be made.
-    """
-    rank, processes, device = common.join_processes(args.device)
-    if args.batch_size % processes:
-        raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: give a "
-                         "multiple of their number")
-    out = pathlib.Path(args.out)
-    if rank > 0:
-        dist.barrier()  # until the first process has made the tokens
-    tokens, tokenizer_path = open_tokens(args.data, args.tokenizer, out, device, processes)
-    if rank == 0 and processes > 1:
-        dist.barrier()
-    if not tokenizer_path.is_file():
-        raise FileNotFoundError(f"the tokenizer {tokenizer_path} is missing: give its place with --tokenizer")
-    tokenizer = load_tokenizer(tokenizer_path, device) if rank == 0 else None
-    if tokenizer and tokenizer.config.codes != tokens.codes:
-        raise ValueError(f"{tokenizer_path} has {tokenizer.config.codes} codes, but the tokens were made "
-                         f"with {tokens.codes}: give --tokenizer the one that made them")
-
-    torch.manual_seed(args.seed)
-    kind = "rar" if args.model == "rar" else args.position
-    sizes, make_config = (RAR_SIZES, RARConfig) if kind == "rar" else (SIZES, Config)
-    settings = sizes[args.size] | dict(dropout=args.dropout, class_dropout=args.class_dropout)
-    config = make_config(tokens.grid, tokens.codes, len(tokens.class_names), **settings)
-    model = KINDS[kind](config).to(device).train()
-    model.checkpoint_activations = args.checkpoint_activations
-    name = ("RAR" if kind == "rar" else "RandAR" if kind == "rope" else f"RandAR ({kind})") + f"-{args.size}"
-    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
-    step, log, losses = 0, [], []  # losses: of the steps since the last line of the log
-    if args.resume:
-        saved = common.load(out / "training.pt", device)
-        if ("optimizer" not in saved or saved["config"] != asdict(config)
-                or saved.get("kind", "rope") != kind):  # RandAR's older files do not say their kind
-            raise ValueError(f"{out}/training.pt is not a --size {args.size} model of these tokens, or no "
-                             f"{name}: resume with the --size, --data, ... that it was started with")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, log, losses = saved["step"], saved["log"], saved["losses"]
-    if step >= args.steps:
-        raise ValueError(f"{out} holds {step} steps already: ask for more with --steps")
-    if rank == 0:
-        common.writable_folder(out)
-        if tokenizer_path.resolve() != (out / "tokenizer.pt").resolve():
-            common.write_safely(out / "tokenizer.pt", lambda partial: shutil.copy(tokenizer_path, partial))
-    return SimpleNamespace(rank=rank, processes=processes, device=device, out=out, tokens=tokens, name=name,
-                           tokenizer=tokenizer, model=model, optimizer=optimizer, step=step, log=log,
-                           losses=losses)
-
-
-def save(run, args):
-    """The files of `out`. training.pt alone is enough to go on: a crash between two of them costs nothing."""
-    kept = {name: value for name, value in vars(args).items() if value is not None}
-    del kept["resume"], kept["out"]
-    more = dict(class_names=run.tokens.class_names, order=args.order, step=run.step)
-    save_model(run.model, run.out / "training.pt", optimizer=run.optimizer.state_dict(), log=run.log,
-               losses=run.losses, settings=kept, **more)
-    save_model(run.model, run.out / f"{args.model}.pt", half=True, **more)
-    lines = "".join(json.dumps(line) + "\n" for line in run.log)
-    common.write_safely(run.out / "log.jsonl", lambda partial: partial.write_text(lines))
-    if run.log:
-        draw_loss(run.log, run.out / "loss.png")
-
-
-def gradients(network, loss_function, batch, args, run, part):
-    """Add up the gradients of a batch, a micro-batch at a time. Returns the loss, a scalar on the device.
-
-    loss_function: the network, compiled or not; part: the slice of the whole batch that `batch` is.
-    """
-    # bfloat16 has the range of float32, so the loss needs no scaling; weights and averages stay in float32.
-    precision = common.fast_precision(run.device)
-    autocast = torch.autocast(run.device.type, precision, enabled=precision is not torch.float32)
-    share, total = part.stop - part.start, torch.zeros((), device=run.device)
-    for place in range(0, share, args.micro_batch):
-        pieces = [x[place : place + args.micro_batch] for x in batch]
-        torch.manual_seed((args.seed * 1_000_003 + run.step) * 1_000_003 + part.start + place)  # of dropout
-        exchange = run.processes == 1 or place + args.micro_batch >= share  # gradients: in the end only
-        with contextlib.nullcontext() if exchange else network.no_sync():
-            with autocast:
-                loss = loss_function(*pieces) * (len(pieces[0]) / share)
-            loss.backward()  # the gradients of the parts add up to those of the whole batch
-        total += loss.detach() / run.processes
-    return total
+#
+# From here to the cross entropy it is one call: network(...) is RandAR.forward (randar.py). What
+# surrounds it has three reasons: a batch that is larger than the memory (micro-batches), processes
+# that share a batch, and trainings that are interrupted.
 
 
 def train(args):
-    """Train as the command line says; see main. Writes the files that the top of this file lists."""
+    """Train as the command line says, and write the files that the top of this file lists."""
     run = open_run(args)
-    device, processes, first_process, tokens = run.device, run.processes, run.rank == 0, run.tokens
-    if device.type == "cpu":  # or two threads would add up gradients in the order in which they come: a
-        torch.use_deterministic_algorithms(True)  # resumed training shall be the very same, to the last bit
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which only finds mistakes, and costs
-    network, precision = TrainingLoss(run.model), common.fast_precision(device)
-    if processes > 1:
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    loss_function = torch.compile(network) if common.can_compile(device) else network
-    peak = common.matrix_rate(device, precision) * processes if device.type == "cuda" else None
-    if first_process:
-        print(f"{run.name}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M parameters, "
-              f"on {len(tokens):,} images of {tokens.grid[0]} x {tokens.grid[1]} tokens. The first step may "
-              f"take a minute. Pictures appear in {run.out} every {args.picture_every} steps.")
-    if first_process and peak:
-        print(f"MFU is the share of {peak / 1e12:.0f} TFLOP/s, measured just now with products of two "
-              f"8192 x 8192 matrices in {str(precision).removeprefix('torch.')}")
+    network, device, share = make_network(run, args), run.device, args.batch_size // run.processes
+    part = slice(run.rank * share, (run.rank + 1) * share)  # of each batch, this process's images
+    reader = ThreadPoolExecutor(1)
+    coming = reader.submit(training_batch, run.tokens, run.step, args, part)
+    stop, bad_steps = border.stop_at_signal(), 0
 
-    share = args.batch_size // processes
-    part = slice(run.rank * share, (run.rank + 1) * share)
-    reader = ThreadPoolExecutor(1)  # reads the next batch from the disk while this one is computed
-    coming = reader.submit(training_batch, tokens, run.step, args, part)
-    stop, bad_steps, seconds, timed_steps = common.stop_at_signal(), 0, 0.0, 0
     bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step",
-               dynamic_ncols=True, disable=not first_process)
+               dynamic_ncols=True, disable=run.rank > 0)
     for step in bar:
+        # A thread reads the next batch from the disk while this one is computed.
         started = time.perf_counter()
-        rate = learning_rate(step, args.steps, args.learning_rate, args.last_learning_rate, args.descent)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
         batch = [x.to(device) for x in coming.result()]
-        coming = reader.submit(training_batch, tokens, step + 1, args, part)
-        asked = torch.tensor(float(len(stop) > 0), device=device)  # whether to stop: any process may be asked
-        summary = torch.stack([gradients(network, loss_function, batch, args, run, part), asked])
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
-        if processes > 1:
+        coming = reader.submit(training_batch, run.tokens, step + 1, args, part)
+        lr = learning_rate(step, args.steps, args.learning_rate, args.min_lr, args.descent)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+
+        # The gradients of micro-batches add up to those of the whole batch. bfloat16 has float32's
+        # range, so the loss needs no scaling. Dropout's chance follows from the image's number.
+        step_loss = torch.zeros((), device=device)
+        for first in range(0, share, args.micro_batch):
+            tokens, labels, order, drop_class = [x[first : first + args.micro_batch] for x in batch]
+            torch.manual_seed(args.seed * 1_000_003 + step * args.batch_size + part.start + first)
+            network.require_backward_grad_sync = first + args.micro_batch >= share  # the last only
+            with run.autocast:
+                loss = network(tokens, labels, order, drop_class)[1] * (len(tokens) / share)
+            loss.backward()
+            step_loss += loss.detach() / run.processes
+
+        # All processes must agree on the loss, and on whether one of them was asked to stop.
+        asked_to_stop = torch.tensor(float(len(stop) > 0), device=device)
+        summary = torch.stack([step_loss, asked_to_stop])
+        if run.processes > 1:
             dist.all_reduce(summary)
         step_loss, asked_to_stop = summary.tolist()
-        if math.isfinite(step_loss) and math.isfinite(norm):
+
+        # A gradient that is not finite would spoil weights and averages for good: skip the step.
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip).item()
+        if math.isfinite(norm):
             run.optimizer.step()
             run.losses.append(step_loss)
             bad_steps = 0
-        else:  # such a gradient would spoil the weights and the optimiser's averages for good
+        else:
             bad_steps += 1
-            if first_process:
-                tqdm.write(f"step {step + 1} skipped: loss {step_loss:g}, norm of the gradient {norm:g}")
-        run.optimizer.zero_grad(set_to_none=True)
-        seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
-        run.step = done = step + 1
-        if run.losses and (done % args.report == 0 or done == args.steps):
-            speed = timed_steps * args.batch_size / seconds
-            line = {"step": done, "images": done * args.batch_size,
-                    "loss": math.fsum(run.losses) / len(run.losses), "learning_rate": rate,
-                    "images_per_second": round(speed, 1),
-                    "tokens_per_second": round(speed * math.prod(tokens.grid))}
-            shown = f"loss {line['loss']:.3f}, lr {rate:.1e}, {speed:.0f} images/s"
-            if peak:
-                line["mfu"] = round(speed * training_flops(run.model) / peak, 4)
-                shown += f", MFU {line['mfu']:.0%}"
-            run.log.append(line)
-            bar.set_postfix_str(shown)
-            run.losses, seconds, timed_steps = [], 0.0, 0
+            border.say(f"step {step + 1} skipped: loss {step_loss:g}, norm of gradient {norm:g}")
         if bad_steps == BAD_STEPS:
-            raise ValueError(f"the loss or its gradient was not finite in {BAD_STEPS} steps in a row, up to "
-                             f"step {done}: start, or --resume from the last checkpoint, with a lower "
-                             "--learning-rate")
-        if first_process and (asked_to_stop or done == args.steps or done % args.picture_every == 0):
-            save(run, args)
-            if not asked_to_stop:
-                title = f"{run.name}, step {done:,}, loss {step_loss:.3f}"
-                draw_samples(run, args, title)
+            raise UserError(f"{BAD_STEPS} steps skipped in a row: lower the --learning-rate")
+        run.optimizer.zero_grad(set_to_none=True)
+
+        # What people watch is the work of the first process alone.
+        run.step = step + 1
+        run.seconds.append(time.perf_counter() - started)
+        if run.rank == 0:
+            report(run, args, bar, asked_to_stop)
         if asked_to_stop:
-            bar.close()
-            if first_process:
-                print(f"saved step {done:,}; to go on: python train.py --resume --out {args.out}")
             raise KeyboardInterrupt
-    reader.shutdown()
-    if first_process:
-        print(f"loss {run.log[-1]['loss']:.3f}; see {run.out}/samples.png and {run.out}/loss.png; "
-              f"for more pictures: python sample.py --ckpt {run.out}/{args.model}.pt")
+
+
+# ------------------------------------------------------------------------------------------------
+# What people watch
+
+
+def report(run, args, bar, asked_to_stop):
+    """After a step, in the first process: a line of the log, files, pictures, where they are due."""
+    done = run.step == args.steps
+    checkpoint = done or run.step % args.picture_every == 0
+    if run.losses and (checkpoint or run.step % args.report == 0):
+        # A line is about all steps since the last one; the time of pictures does not count.
+        speed = args.batch_size * len(run.seconds) / sum(run.seconds)  # images a second
+        line = {"step": run.step, "images": run.step * args.batch_size,
+                "loss": math.fsum(run.losses) / len(run.losses),
+                "learning_rate": run.optimizer.param_groups[0]["lr"],
+                "images_per_second": round(speed, 1),
+                "tokens_per_second": round(speed * math.prod(run.tokens.grid))}
+        if run.peak:
+            line["mfu"] = round(speed * training_flops(run.model) / run.peak, 4)
+        if checkpoint and len(run.tokens.held_out_rows) > 0:
+            line["held_out_loss"] = held_out_loss(run, args)
+        run.log.append(line)
+        run.losses, run.seconds = [], []
+        for name in ("loss", "held_out_loss", "mfu"):
+            if name in line:
+                run.shown[name] = f"{line[name]:.3f}"
+        bar.set_postfix(run.shown)
+
+    # Whoever is asked to stop may not have the time for pictures.
+    if checkpoint or asked_to_stop:
+        save(run, args)
+    if asked_to_stop:
+        bar.write(f"saved step {run.step:,}; to go on: python train.py --resume --out {args.out}")
+    elif checkpoint:
+        draw_samples(run, args, title=f"step {run.step:,}, {bar.postfix}")
+    if done:
+        bar.write(f"{bar.postfix}; see {args.out}/samples.png and loss.png; for more pictures: "
+                  f"python sample.py --ckpt {args.out}/{args.model}.pt")
+
+
+@torch.no_grad()
+def held_out_loss(run, args):
+    """The loss of images that training never sees: always the same ones, in the same orders.
+
+    No class is hidden and nothing dropped out, so that it is a little lower than training's as long
+    as the model learns what images have in common. When it rises, the model learns them by heart.
+    """
+    tokens, labels = run.tokens.held_out(HELD_OUT)  # [n, N], [n]
+    generator = torch.Generator().manual_seed(0)
+    orders = generation_order(args.order, len(tokens), run.tokens.grid, generator)  # [n, N]
+
+    run.model.eval()
+    total = 0.0
+    for batch in zip(*[x.split(args.micro_batch) for x in (tokens, labels, orders)]):
+        with run.autocast:
+            _, loss = run.model(*[x.to(run.device) for x in batch])
+        total += loss.item() * len(batch[0])
+    run.model.train()
+    return total / len(tokens)
+
+
+def draw_samples(run, args, title):
+    """Eight samples of ten classes; always the same classes, orders, random numbers, to compare."""
+    labels = classes.spread_classes(range(run.model.null_class), rows=10, columns=8)  # [80]
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    run.model.eval()
+    tokens = run.model.generate(labels.to(run.device), generator=generator)  # [80, N]
+    run.model.train()
+
+    pixels = pictures.to_uint8(run.tokenizer.decode(tokens, run.tokens.grid))
+    names = classes.names_of_classes(run.tokens.class_names, run.model.null_class)
+    sheet = pictures.draw_grid(pixels, labels.tolist(), [known[0] for known in names], title)
+    pictures.save_picture(sheet, f"{args.out}/samples.png")
+
+
+def draw_loss(log, path):
+    """The curves of training and held-out loss, from the lines of the log."""
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="tight")
+    axes = figure.subplots()
+    for name, label, colour in (("loss", "training", "black"), ("held_out_loss", "held out", "C1")):
+        lines = [line for line in log if name in line]
+        axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=label,
+                  color=colour, linewidth=1.2, marker="." if len(lines) < 20 else None)
+
+    axes.set(xlabel="training step", ylabel="loss, nats a token",
+             title=f"loss {log[-1]['loss']:.3f} after {log[-1]['images']:,} images")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    border.write_safely(path, lambda partial: figure.savefig(partial, format="png"))
+
+
+# ------------------------------------------------------------------------------------------------
+# What a training starts from, and goes on from
+
+
+@dataclass
+class Run:
+    """A training after `step` of its steps, in one of its processes."""
+
+    rank: int
+    processes: int
+    device: torch.device
+    tokens: data.TokenFolder
+    tokenizer: Tokenizer
+    model: RandAR
+    optimizer: torch.optim.Optimizer
+    autocast: torch.autocast
+    peak: float = None  # operations a second that its GPUs could do
+    step: int = 0
+    log: list = field(default_factory=list)  # what log.jsonl says
+    losses: list = field(default_factory=list)  # of each step since the last line of the log
+    seconds: list = field(default_factory=list)  # likewise
+    shown: dict = field(default_factory=dict)  # in the bar
+
+
+def open_run(args):
+    """A Run to start with, or to go on with. All that can be wrong is found before it writes."""
+    rank, processes, device = border.join_processes(args.device)
+    if args.batch_size % processes:
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {processes} "
+                        "processes: give a multiple of their number")
+    tokens = open_tokens(args, rank, processes, device)
+    codes, path = tokens.codebook_size, args.tokenizer or tokens.tokenizer
+    tokenizer = load_tokenizer(path, device)
+    if tokenizer.config.codebook_size != codes:
+        raise UserError(f"{path} has {tokenizer.config.codebook_size} codes, but the tokens were "
+                        f"made with {codes}: give --tokenizer the one that made them")
+
+    # A model that knows nothing yet. Products of matrices are in bfloat16 where the hardware has
+    # it: autocast leaves the weights in float32, and sums where it matters.
+    torch.manual_seed(args.seed)
+    kind = "rar" if args.model == "rar" else args.position
+    model_class, config_class = KINDS[kind]
+    shape = SIZES_OF[args.model][args.size]
+    shape = shape | {"dropout": args.dropout, "class_dropout": args.class_dropout}
+    config = config_class(tokens.grid, codes, len(tokens.class_names), **shape)
+    model = model_class(config).to(device).train()
+    model.order, model.class_names = args.order, tokens.class_names
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
+    precision = border.fast_precision(device)
+    autocast = torch.autocast(device.type, precision, enabled=precision is not torch.float32)
+    run = Run(rank, processes, device, tokens, tokenizer, model, optimizer, autocast)
+
+    # What it has learnt before. All of these decide what a training is; other flags may change.
+    if args.resume:
+        saved = border.load(f"{args.out}/training.pt", device)
+        fixed = ("batch_size", "seed", "order", "anneal")
+        same = "optimizer" in saved and saved["config"] == asdict(config)
+        same = same and saved.get("kind", "rope") == kind  # the first files do not say
+        if not same or any(saved["settings"].get(name) != getattr(args, name) for name in fixed):
+            raise UserError(f"{args.out} holds another training: leave --size, --data, --batch-size,"
+                            " --seed, --order, ... as they were, or give another --out")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        run.step, run.log, run.losses = saved["step"], saved["log"], saved["losses"]
+    if run.step >= args.steps:
+        raise UserError(f"{args.out} holds {run.step} steps already: ask for more with --steps")
+
+    if rank == 0:
+        out = border.writable_folder(args.out)
+        border.write_safely(out / "tokenizer.pt", functools.partial(shutil.copy, path))
+    return run
+
+
+def save(run, args):
+    """Write the weights and the log, a file at a time.
+
+    training.pt alone is enough to go on: after a crash between two files the next save mends all.
+    """
+    settings = {name: value for name, value in vars(args).items() if value is not None}
+    del settings["resume"], settings["out"]
+    save_randar(run.model, f"{args.out}/training.pt", optimizer=run.optimizer.state_dict(),
+                step=run.step, log=run.log, losses=run.losses, settings=settings)
+    save_randar(run.model, f"{args.out}/{args.model}.pt", half=True, step=run.step)
+    lines = "".join(json.dumps(line) + "\n" for line in run.log)
+    border.write_safely(f"{args.out}/log.jsonl", lambda partial: partial.write_text(lines))
+    if run.log:
+        draw_loss(run.log, f"{args.out}/loss.png")
+
+
+def make_network(run, args):
+    """The model as the loop calls it: of many processes, compiled. Says what will be trained."""
+    network = run.model
+    if run.device.type == "cpu":
+        # Else threads add up gradients in the order in which they come, and a resumed training is
+        # not the same to the last bit.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # this only finds mistakes
+    if args.checkpoint_activations:
+        checkpoint_activations(run.model)
+    if run.processes > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    if border.can_compile(run.device):
+        network = torch.compile(network)
+
+    parameters = sum(p.numel() for p in run.model.parameters())
+    if run.rank == 0:
+        h, w = run.tokens.grid
+        print(f"{type(run.model).__name__}-{args.size}, {parameters / 1e6:.1f}M parameters, on "
+              f"{len(run.tokens):,} images of {h} x {w} tokens. The first step may take a minute. "
+              f"Pictures appear in {args.out} every {args.picture_every} steps.")
+    if run.device.type == "cuda":
+        run.peak = run.processes * matrix_rate(run.device, border.fast_precision(run.device))
+        border.say(f"MFU is the share of {run.peak / 1e12:.0f} TFLOP/s, just measured")
+    return network
+
+
+# ------------------------------------------------------------------------------------------------
+# What a step costs
+
+
+def layers_and_head(model):
+    """RAR's names are those of its released weights."""
+    return (model.blocks, model.lm_head) if model.kind == "rar" else (model.layers, model.output)
+
+
+def checkpoint_activations(model):
+    """Keep only the input of each layer, and compute the layer again when its gradient is due."""
+    for layer in layers_and_head(model)[0]:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def training_flops(model):
+    """Floating-point operations of one training image: forward, and backward twice as dear."""
+    layers, head = layers_and_head(model)
+    num_tokens = math.prod(model.config.grid)
+    length = num_tokens * (model.predicting.step or 1)  # 2 N; N, where no token is inserted
+    in_layers = sum(p.numel() for p in layers.parameters())  # each token meets each of them once
+    weights = length * in_layers + num_tokens * head.weight.numel()
+
+    # Query by key, then weight by value: d multiplications each for every pair of tokens, half of
+    # which a causal model needs.
+    attention = model.config.n_layer * 2 * model.config.dim * length**2 / 2
+    return 3 * 2 * (weights + attention)  # 2: a multiplication and an addition
+
+
+def matrix_rate(device, dtype, side=8192, repeats=10):
+    """Operations a second in large matrix products: what this device could do at best."""
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        torch.matmul(a, b)[0, 0].item()  # which waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / sorted(seconds)[repeats // 2]
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+#
+# What stands for None below depends on the size and on other flags: `complete` fills it in.
+
+
+def complete(args):
+    """Check what argparse cannot, and fill in the defaults that depend on other arguments."""
+    sizes = SIZES_OF[args.model]
+    if args.size not in sizes or (args.model == "rar" and args.position != "rope"):
+        raise UserError(f"--model {args.model} has the sizes {', '.join(sizes)}; RandAR alone has a "
+                        "--position")
+
+    # RAR's Sec. 3.2: the last quarter of the training is in raster order.
+    if args.anneal is None and args.model == "rar":
+        args.anneal = [0.5, 0.75]
+    if args.anneal and not 0 <= args.anneal[0] <= args.anneal[1] <= 1:
+        raise UserError("--anneal takes two shares of the steps, 0 <= START <= END <= 1")
+
+    # Only the toy sizes have a world of their own: ImageNet's recipe on it would take weeks to
+    # learn by heart what the smallest model learns in minutes.
+    folder = pathlib.Path(args.data or "IMAGES")
+    images = folder.is_dir() and not (folder / "meta.json").is_file()
+    if images or (args.data is None and args.size not in TOY_SIZES):
+        command = ["python", "tokenizer.py", "encode", "--images", str(folder), "--out", "tokens",
+                   "--tokenizer", args.tokenizer or "vq_ds16_c2i.pt"]
+        raise UserError(f"--size {args.size} needs tokens of your images: {shlex.join(command)}, "
+                        "then add --data tokens")
+
+    args.order = args.order or ("raster" if args.anneal else "random")
+    for name, (value, _, _) in RECIPE.items():
+        if getattr(args, name) is None:
+            setattr(args, name, TOY.get(name, value) if args.size in TOY_SIZES else value)
 
 
 def main():
-    parser = common.command_line(__doc__)
-    parser.add_argument("--model", default="randar", choices=("randar", "rar"), help="(default: randar)")
-    parser.add_argument("--size", default="toy", choices=SIZES | RAR_SIZES, help="(default: toy; B: RAR's)")
-    parser.add_argument("--position", default="rope", choices=("rope", "dense", "merge"),
-                        help="RandAR's position instruction tokens (default: rope; the others: rar.py)")
-    parser.add_argument("--data", help="token folder or folder of class folders (default: the toy world)")
-    parser.add_argument("--tokenizer", help="default: what made the tokens; for the toy world, ours")
-    parser.add_argument("--out", default="out", help="folder for weights and pictures (default: out)")
-    parser.add_argument("--resume", action="store_true", help="go on with the training in --out")
-    parser.add_argument("--order", choices=ORDERS, metavar="ORDER", type=lambda x: x.replace("-", "_"),
-                        help="of the tokens: random, or raster for the paper's counterpart (default: random; "
-                             "raster for RAR and with --anneal)")
-    parser.add_argument("--anneal", nargs=2, type=float, metavar=("START", "END"),
-                        help="random orders, from START on fewer and fewer, from END on only --order: "
-                             "shares of the steps from 0 to 1 (default: not at all; RAR: 0.5 0.75)")
-    for name, (value, text) in RECIPE.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(value),
-                            help=f"{text} (default: {value:g}; toy: {TOY.get(name, value):g})")
-    parser.add_argument("--checkpoint-activations", action="store_true",
-                        help="compute each layer twice, to keep less of it in memory")
-    parser.add_argument("--report", type=int, default=20, help="steps to a line of the log (default: 20)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser = border.command_line(__doc__)
+    add = parser.add_argument
+    add("--model", default="randar", choices=("randar", "rar"), help="(default: randar)")
+    add("--size", default="toy", choices=SIZES | RAR_SIZES, help="(default: toy; B: RAR's)")
+    add("--position", default="rope", choices=("rope", "dense", "merge"),
+        help="RandAR's position instruction tokens (default: rope; the others: rar.py)")
+    add("--data", help="token folder (default: the toy world)")
+    add("--tokenizer", help="(default: what made the tokens; for the toy world, ours)")
+    add("--out", default="out", help="folder for weights and pictures (default: out)")
+    add("--resume", action="store_true", help="go on with the training in --out")
+    add("--order", choices=ORDERS, metavar="ORDER", type=lambda name: name.replace("-", "_"),
+        help="random, or raster for the paper's counterpart (default: random; annealed: raster)")
+    add("--anneal", nargs=2, type=border.finite_float, metavar=("START", "END"),
+        help="random orders, fewer from START on, from END on only --order: shares of the steps, "
+        "from 0 to 1 (default: none; RAR: 0.5 0.75)")
+    for name, (value, number, text) in RECIPE.items():
+        add("--" + name.replace("_", "-"), type=number,
+            help=f"{text} (default: {value:g}; toy: {TOY.get(name, value):g})")
+    add("--checkpoint-activations", action="store_true", help="compute layers twice: less memory")
+    add("--report", type=positive_int, default=20, help="steps to a line of the log (default: 20)")
+    add("--seed", type=border.seed, default=0, help="(default: 0)")
+    add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     args = parser.parse_args()
-    with common.one_line_errors():
+
+    with border.one_line_errors():
         state = pathlib.Path(args.out) / "training.pt"
-        if args.resume and not state.exists():
-            raise ValueError(f"{args.out} holds no training to go on with: start it without --resume")
+        # What was said at the start is the default when it goes on: --steps, say, may be changed.
         if args.resume:
-            # The settings of the start are the defaults now: --steps, say, can still be given anew. The
-            # tokenizer is the copy that was made then, whatever has become of the original since.
-            settings = common.load(state).get("settings", {})
-            parser.set_defaults(**settings | {"tokenizer": str(state.with_name("tokenizer.pt"))})
+            settings = border.load(state).get("settings", {})
+            older = {"clip": "grad_clip", "last_learning_rate": "min_lr"}  # names in first files
+            settings = {older.get(name, name): value for name, value in settings.items()}
+            settings["tokenizer"] = str(state.with_name("tokenizer.pt"))  # the copy made then
+            parser.set_defaults(**settings)
             args = parser.parse_args()
-            for name in ("batch_size", "seed", "order", "anneal"):  # or it would not be the same training
-                if name in settings and getattr(args, name) != settings[name]:
-                    raise ValueError(f"{args.out} was begun with --{name.replace('_', '-')} "
-                                     f"{settings[name]}: leave that, or start anew with another --out")
         elif state.exists():
-            raise ValueError(f"{args.out} holds a training already: add --resume to go on with it, or give "
-                             "another folder with --out")
-        if args.model == "rar" and args.position != "rope":
-            raise ValueError(f"--position {args.position} is of RandAR's models: leave out --model rar")
-        sizes = RAR_SIZES if args.model == "rar" else SIZES
-        if args.size not in sizes:
-            raise ValueError(f"--model {args.model} has the sizes {', '.join(sizes)}, not {args.size}")
-        if args.model == "rar" and args.anneal is None:
-            args.anneal = [0.5, 0.75]
-        if args.anneal and not 0 <= args.anneal[0] <= args.anneal[1] <= 1:
-            raise ValueError("--anneal takes two shares of the steps, 0 <= START <= END <= 1, not "
-                             f"{args.anneal[0]:g} {args.anneal[1]:g}")
-        args.order = args.order or ("raster" if args.anneal else "random")
-        for name, (value, _) in RECIPE.items():
-            if getattr(args, name) is None:
-                setattr(args, name, TOY.get(name, value) if args.size in ("tiny", "toy") else value)
-        for name in ("steps", "batch_size", "micro_batch", "learning_rate", "clip", "picture_every",
-                     "report"):
-            if not getattr(args, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-        if args.seed < 0:
-            raise ValueError(f"--seed must be 0 or more, not {args.seed}")
-        for name in ("last_learning_rate", "descent", "weight_decay", "dropout", "class_dropout"):
-            if not 0 <= getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be from 0 to below 1, not "
-                                 f"{getattr(args, name)}")
+            raise UserError(f"{args.out} holds a training: add --resume, or give another --out")
+        complete(args)
         train(args)
 
 

@@ -1,5 +1,6 @@
-"""Makes the flat files importable, wherever pytest is started from; and what many tests start from."""
+"""Makes the files importable, wherever pytest is started from; and what many tests start from."""
 
+import importlib
 import json
 import pathlib
 import shlex
@@ -14,12 +15,9 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from helpers import SMALL, N, V, run_typed, seeded, small_model, small_tokenizer, write_images  # noqa: E402
 
-import common  # noqa: E402
-import sample  # noqa: E402
-import tokenizer  # noqa: E402
-import train  # noqa: E402
 from randar import generation_order  # noqa: E402
-from vqgan import save_tokenizer  # noqa: E402
+from support import border  # noqa: E402
+from tokenizer import save_tokenizer  # noqa: E402
 
 
 @pytest.fixture
@@ -39,9 +37,9 @@ def attention_calls(monkeypatch):
     """A list to which every call of attention adds (query, key, value, keyword arguments)."""
     calls, attention = [], F.scaled_dot_product_attention
 
-    def spy(q, k, v, **options):
+    def spy(q, k, v, *arguments, **options):
         calls.append((q, k, v, options))
-        return attention(q, k, v, **options)
+        return attention(q, k, v, *arguments, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     return calls
@@ -51,7 +49,7 @@ def attention_calls(monkeypatch):
 def workshop(tmp_path_factory):
     """A folder with photographs, a tokenizer, tokens, a training and its pictures, made by commands.
 
-    `said` maps each command to what it said.
+    said.json maps each command to what it said.
     """
     folder = tmp_path_factory.mktemp("workshop")
     write_images(folder / "photos", names=("dog", "cat"), number=4, size=(24, 20))
@@ -83,12 +81,12 @@ def run(monkeypatch):
     """A function that runs a command line in this process: a new one needs seconds to start."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore Ctrl-C
-    monkeypatch.setattr(common, "can_compile", lambda device: False)
+    monkeypatch.setattr(border, "can_compile", lambda device: False)
 
     def run(line):
         script, *arguments = shlex.split(line)
         monkeypatch.setattr(sys, "argv", [script, *arguments])
-        {"train.py": train, "sample.py": sample, "tokenizer.py": tokenizer}[script].main()
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
 
     yield run
     for number, handler in handlers.items():

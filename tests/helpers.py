@@ -12,7 +12,7 @@ from golden import fill
 from PIL import Image
 
 from randar import Config, RandAR
-from vqgan import Tokenizer, TokenizerConfig
+from tokenizer import Tokenizer, TokenizerConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -31,7 +31,8 @@ def small_model(**changes):
 
 def small_tokenizer(**changes):
     """4 x 4 pixels a token, 16 x 16 images, with weights from a fixed seed; in eval mode."""
-    settings = dict(channels=8, multipliers=(1, 1, 2), latent_channels=8, codes=V, code_dim=4, image_size=16)
+    settings = dict(channels=8, multipliers=(1, 1, 2), latent_channels=8, codebook_size=V, code_dim=4,
+                    image_size=16)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Tokenizer(TokenizerConfig(**settings | changes)).eval()

@@ -1,0 +1,270 @@
+"""How fast it is, and how near to what the hardware allows: python -m studies.bench
+
+Without arguments: the toy model, in a few minutes. --size L measures the paper's, with made-up
+weights: on a GPU, or in some ten minutes on a CPU, two images at a time.
+
+    interleaved                 how times are measured
+    decoding_floor              the time that sampling must take on this device
+    training_rows               a training step, plain and compiled
+    sampling_rows               a batch of images, cached and uncached, in many steps and few
+    scaling_rows                how the costs grow with the number of tokens
+
+    bench/bench.json   all figures        bench/bench.png   a picture of them
+"""
+
+import json
+import math
+import time
+from statistics import median
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from randar import SIZES, Config, RandAR, default_steps, generation_order, step_sizes
+from sample import decoding_precision
+from support import border
+from train import make_optimizer, matrix_rate, training_flops
+
+# ------------------------------------------------------------------------------------------------
+# How it is measured, and by what
+
+
+def interleaved(cases, device, seconds, what):
+    """Run functions in turn, in rounds: what else the machine does then meets all of them alike.
+
+    cases: {name: function}. The first round warms up; up to five count, begun within `seconds`.
+    Returns {name: median of its seconds}.
+    """
+    taken = {name: [] for name in cases}
+    for i in range(6):
+        began = began if i > 1 else time.perf_counter()  # of the first round that counts
+        for name, function in tqdm(cases.items(), desc=f"{what}, round {i} of 5", leave=False):
+            started = time.perf_counter()
+            function()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            taken[name].append(time.perf_counter() - started)
+        if i > 0 and time.perf_counter() - began > seconds:
+            break
+    return {name: median(times[1:]) for name, times in taken.items()}
+
+
+def decoding_floor(model, streams, steps, rate, speed):
+    """Seconds that decoding takes on a device that does nothing else, and does it perfectly.
+
+    streams: sequences at a time, two an image with guidance; rate, speed: operations and bytes a
+    second. A step reads weights, keys, values once, and meanwhile computes.
+    """
+    layers, d, width = model.config.n_layer, model.config.dim, model.output.weight.itemsize
+    in_layers = sum(p.numel() for p in model.layers.parameters())  # one multiplication each
+    in_head = model.output.weight.numel()
+    seconds, unread, start_pos = 0.0, 1, 0  # unread: the class at first, which the cache lacks
+    for m in step_sizes(math.prod(model.config.grid), steps):
+        n, end = unread + m, start_pos + unread + m  # n new tokens; the last looks at `end` of them
+        attention = layers * d * n * (start_pos + end)  # query by key and weight by value, causal
+        operations = 2 * streams * (n * in_layers + m * in_head + attention)  # 2: and an addition
+        numbers = in_layers + in_head + streams * layers * 2 * d * (end + n)  # all read, n written
+        seconds += max(operations / rate, numbers * width / speed)
+        start_pos, unread = start_pos + unread + 1, 2 * m - 1  # x_1 P_2 x_2 .. P_m x_m; P_1 stays
+    return seconds
+
+
+# ------------------------------------------------------------------------------------------------
+# What is measured: training, sampling, and how the costs grow with the number of tokens
+
+
+def training_step(model, batch, precision):
+    """A function that takes a training step, as train.py does; model: may be compiled."""
+    device, optimizer = next(model.parameters()).device, make_optimizer(model, 1e-4)
+    shape = (batch, math.prod(model.config.grid))
+    tokens = torch.randint(model.config.vocab_size, shape, device=device)  # [b, N]
+    classes = torch.randint(model.config.num_classes, (batch,), device=device)  # [b]
+
+    def step():
+        with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+            _, loss = model(tokens, classes)  # a random order for each image
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def kept_for_backward(step, model):
+    """GB that a plain training step keeps for its backward pass, besides the model's own."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def note(x):  # two tensors may share one storage: it counts once
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):  # of what is kept
+        step()
+    return sum(size for pointer, size in kept.items() if pointer not in own) / 1e9
+
+
+def training_rows(model, batch, device, precision, rate, seconds):
+    """A row for each way to train; rate: the operations a second that MFU is a share of."""
+    cases = {"plain": training_step(model, batch, precision)}
+    if border.can_compile(device):
+        cases["compiled"] = training_step(torch.compile(model), batch, precision)
+    kept, flops = kept_for_backward(cases["plain"], model), training_flops(model)
+    return [dict(training=way, batch=batch, seconds=taken, images_per_second=batch / taken,
+                 MFU=flops * batch / taken / rate, plain_kept_GB=kept)
+            for way, taken in interleaved(cases, device, seconds, "training").items()]
+
+
+@torch.no_grad()
+def uncached_logits(model, tokens, classes, order, done, m):
+    """One step of RandAR.generate_plainly: all of the sequence goes through all layers again.
+
+    tokens [b, N], classes [b], order [b, N], int64, of whose turns the first `done` are known.
+    Returns logits of the next m turns, [b, m, V], without guidance.
+    """
+    seen = [*range(1 + 2 * done), *range(1 + 2 * done, 1 + 2 * (done + m), 2)]
+    x, cos_sin = model.sequence(tokens, classes, order)  # [b, 1 + 2 N, d]
+    return model.logits(model.hidden_states(x[:, seen], cos_sin[:, seen])[:, -m:])
+
+
+def decoding(model, batch, steps, cached=True):
+    """A function that draws images with guidance; uncached, it makes five evenly spaced steps."""
+    classes = torch.zeros(batch, dtype=torch.int64, device=next(model.parameters()).device)
+    if cached:
+        return lambda: model.generate(classes, steps=steps)
+
+    classes = classes.repeat(2)  # with the class and without: two contexts
+    order = generation_order("random", 2 * batch, model.config.grid, device=classes.device)
+    tokens, sizes = torch.zeros_like(order), step_sizes(order.shape[1], steps)
+
+    def five_steps():
+        for k in (steps * tenth // 10 for tenth in (1, 3, 5, 7, 9)):
+            uncached_logits(model, tokens, classes, order, sum(sizes[:k]), sizes[k])
+
+    return five_steps
+
+
+def sampling_rows(model, batch, device, rate, speed, seconds):
+    """A row for each way to draw: a batch, cached and uncached; one image."""
+    num_tokens, cases, rows = math.prod(model.config.grid), {}, []
+    for steps in (num_tokens, default_steps(num_tokens), num_tokens * 48 // 256):  # 256, 88, 48
+        for way, size in (("cached", batch), ("uncached", batch), ("cached", 1)):
+            cases[way, size, steps] = decoding(model, size, steps, way == "cached")
+
+    for (way, size, steps), taken in interleaved(cases, device, seconds, "sampling").items():
+        if way == "uncached":
+            taken *= steps / 5  # of which five were made: their cost is a smooth curve
+        floor = decoding_floor(model, 2 * size, steps, rate, speed)
+        rows.append(dict(sampling=way, batch=size, steps=steps, seconds=taken,
+                         images_per_second=size / taken, floor_seconds=floor,
+                         times_floor=taken / floor))
+    return rows
+
+
+def scaling_rows(settings, batch, device, precision, rate, speed, seconds):
+    """A row for each number of tokens: what training and decoding take, and what theory says."""
+    rows = []
+    for side in (8, 16, 24, 32):
+        config, steps = Config(**settings | dict(grid=(side, side))), default_steps(side**2)
+        model, cast = RandAR(config).to(device), RandAR(config).eval().to(device, precision)
+        step = training_step(model, batch, precision)  # it keeps its weights in float32
+        cases = {"training": step, "decoding": decoding(cast, batch, steps)}
+        taken = interleaved(cases, device, seconds / 4, f"{side**2} tokens")
+        rows.append(dict(tokens=side**2, batch=batch, training_seconds=taken["training"],
+                         training_GFLOP=batch * training_flops(model) / 1e9,
+                         kept_GB=kept_for_backward(step, model), decoding_seconds=taken["decoding"],
+                         floor_seconds=decoding_floor(cast, 2 * batch, steps, rate, speed)))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# What people look at, and the command
+
+
+def show(rows):
+    """Prints rows, dicts with the same keys, as a table, and returns them."""
+    print("\n" + "".join(f"{key:>18}" for key in rows[0]))
+    for row in rows:
+        cells = (f"{x:.4g}" if isinstance(x, float) else x for x in row.values())
+        print("".join(f"{cell:>18}" for cell in cells), flush=True)
+    return rows
+
+
+def draw(result, path):
+    """Latency of a batch by the number of steps, and costs by the number of tokens."""
+    figure = Figure(figsize=(13, 5), layout="tight")
+    left, right = figure.subplots(1, 2)
+    batches = [row for row in result["sampling"] if row["batch"] == result["batch"]]
+    cached = [row for row in batches if row["sampling"] == "cached"]
+    uncached = [row for row in batches if row["sampling"] == "uncached"]
+
+    for axes, rows, x, y, label in (
+            (left, cached, "steps", "seconds", "cached"),
+            (left, uncached, "steps", "seconds", "uncached"),
+            (left, cached, "steps", "floor_seconds", "floor"),
+            (right, result["scaling"], "tokens", "training_seconds", "training step"),
+            (right, result["scaling"], "tokens", "decoding_seconds", "decoding"),
+            (right, result["scaling"], "tokens", "floor_seconds", "floor of decoding")):
+        axes.plot([row[x] for row in rows], [row[y] for row in rows], "o-", label=label)
+        axes.set(xlabel=x, ylabel="seconds", yscale="log")
+        axes.legend()
+    border.write_safely(path, lambda partial: figure.savefig(partial, format="png"))
+
+
+def bench(args):
+    """Measure as the command line says, print the tables, write them and the picture."""
+    device, out = border.pick_device(args.device), border.writable_folder(args.out)
+    toy, gpu = args.size in ("toy", "tiny"), device.type == "cuda"
+    batch = args.batch_size or (64 if toy or gpu else 2)
+    settings = SIZES[args.size] | (dict(grid=(8, 8), vocab_size=512, num_classes=10) if toy else {})
+    model = RandAR(Config(**settings)).to(device)
+
+    # What the device can do: operations a second, in the precisions of train.py and of sample.py,
+    # and bytes a second that it reads from its memory, of far more than its caches hold.
+    learn, draws = border.fast_precision(device), decoding_precision(device)
+    rates = {dtype: matrix_rate(device, dtype, 8192 if gpu else 4096) for dtype in {learn, draws}}
+    x = torch.ones(2**28 if gpu else 2**26, device=device)  # float32: 4 bytes
+    speed = 4 * len(x) / interleaved({"read": x.sum}, device, 5, "memory")["read"]
+    name = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads"
+    result = dict(machine=name, torch=torch.__version__, size=args.size, batch=batch,
+                  TFLOP_per_second={str(dtype): rate / 1e12 for dtype, rate in rates.items()},
+                  GB_per_second=speed / 1e9)
+    print(result)
+
+    # The rows
+    micro = min(batch, 64 if toy else 32)  # train.py's micro-batch
+    rows = training_rows(model, micro, device, learn, rates[learn], args.seconds)
+    result["training"] = show(rows)
+    model.eval().to(draws)
+    torch._dynamo.config.recompile_limit = 64  # a few graphs for each of the batches below
+    if gpu:  # on a CPU decoding is hardly faster for it
+        for layer in model.layers:
+            layer.compile(dynamic=True)  # one graph serves all layers, and steps of all lengths
+    limits = rates[draws], speed, args.seconds
+    result["sampling"] = show(sampling_rows(model, batch, device, *limits))
+    settings["n_layer"] = 1  # the slopes are those of all layers
+    result["scaling"] = show(scaling_rows(settings, min(batch, 4), device, draws, *limits))
+
+    # Files
+    text = json.dumps(result, indent=1)
+    border.write_safely(out / "bench.json", lambda partial: partial.write_text(text))
+    draw(result, out / "bench.png")
+    print(f"wrote {out}/bench.json and {out}/bench.png")
+
+
+def main():
+    parser = border.command_line(__doc__)
+    add = parser.add_argument
+    add("--size", default="toy", choices=SIZES, help="of the model (default: toy)")
+    add("--batch-size", type=border.positive_int, help="images (default: 64; 2 of size L on a CPU)")
+    add("--seconds", type=border.finite_float, default=60, help="for each part (default: 60)")
+    add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    add("--out", default="bench", help="folder for picture and figures (default: bench)")
+    args = parser.parse_args()
+    with border.one_line_errors():
+        bench(args)
+
+
+if __name__ == "__main__":
+    main()

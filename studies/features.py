@@ -1,0 +1,275 @@
+"""What a generator's features are good for (Table 5, App. E): python -m studies.features
+
+Without arguments: the toy models of random and of raster order, layer by layer, in one round and
+in two. With SPair-71k's pictures, --data DIR, or with --layer K: parts of objects are matched by
+the features of one layer, and some of them drawn. The features themselves are in apps.py.
+
+    correct, pck, linear_probe      is the same part found? can a linear function tell the class?
+    toy_pairs, spair_pair           pictures whose corresponding points are known
+    match_pairs, table_by_layer     what is measured
+    draw_pairs, draw_tables         what people look at
+"""
+
+import json
+import pathlib
+from collections import defaultdict, namedtuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
+
+from apps import checked_layer, features_by_layer, nearest_points, tokens_of
+from randar import ORDERS
+from sample import load_models
+from support import border, pictures, toy
+from support.border import UserError
+
+# ------------------------------------------------------------------------------------------------
+# Two figures: the share of correct keypoints, PCK (Table 5), and a linear probe (Table C)
+
+
+def correct(found, truth, side, share=0.1):
+    """Which points found [k, 2] are at most share * side pixels from the truth [k, 2]: bool [k].
+
+    side: the larger one of the target picture (toy world) or of the object's box in it (SPair-71k).
+    """
+    return (found - truth).norm(dim=1) <= share * side
+
+
+def pck(right):
+    """PCK: (mean over pairs, mean over all points); right: bool [k] of each pair."""
+    by_pair = torch.stack([x.float().mean() for x in right])
+    return by_pair.mean().item(), torch.cat(right).float().mean().item()
+
+
+def linear_probe(features, classes, test_features, test_classes):
+    """Learn to tell the class by a linear function of features: share of the test right (top-1).
+
+    features: float [n, d], one vector a picture (the mean of its N features); classes: int64 [n].
+    """
+    mean, std = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)  # [d] each
+    features, test_features = (features - mean) / std, (test_features - mean) / std
+    linear = nn.Linear(features.shape[1], int(classes.max()) + 1, device=features.device)  # d to C
+    nn.init.zeros_(linear.weight)  # the problem is convex: no start is better than another
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():  # a little weight decay, or the weights of separable classes would grow for ever
+        optimizer.zero_grad()
+        value = F.cross_entropy(linear(features), classes)
+        value += 1e-4 * linear.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return (linear(test_features).argmax(dim=1) == test_classes).float().mean().item()
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures whose corresponding points are known
+
+# Two pictures [3, H, W] in [-1, 1]; points [k, 2]; side, as `correct` takes it; the class's name
+Pair = namedtuple("Pair", "source target source_points target_points side name")
+UNSEEN = 2 * 10**9  # toy pictures of seeds from here on: no network that ships has learnt from them
+
+
+def toy_pairs(number, seed):
+    """A list of Pairs of toy pictures; both show one class, and their points are its keypoints.
+
+    The objects stand in opposite corners of where training has them, 5.7 pixels apart: who answers
+    with the same place finds nothing. Left and right are those of the picture (toy.mirrored).
+    """
+    pairs = []
+    for i in range(number):
+        rng, label = np.random.default_rng([UNSEEN + seed, i]), i * len(toy.CLASSES) // number
+        x, y = rng.choice([14, 18], size=2)  # the middle of the object
+        source, here = toy.draw(label, rng, x=x, y=y)
+        target, there = toy.draw(label, rng, x=toy.SIDE - x, y=toy.SIDE - y)
+        points = [torch.tensor([places[name] for name in here]).float() for places in (here, there)]
+        images = pictures.from_uint8(np.stack([source, target]))
+        pairs.append(Pair(*images, *points, toy.SIDE, toy.CLASSES[label]))
+    return pairs
+
+
+def spair_pair(path):
+    """A Pair of SPair-71k; path: an annotation, in the folder as the archive has it."""
+    pair = json.loads(path.read_text())
+    folder = path.parents[2] / "JPEGImages" / pair["category"]
+    images = [pictures.read_picture(folder / pair[key]) for key in ("src_imname", "trg_imname")]
+    # Whole numbers there are pixels, ours are their corners: hence the half.
+    points = [torch.tensor(pair[key]) + 0.5 for key in ("src_kps", "trg_kps")]  # [k, 2] each
+    left, top, right, bottom = pair["trg_bndbox"]
+    return Pair(*images, *points, max(right - left, bottom - top), pair["category"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def match_pairs(model, tokenizer, pairs, number, layers, order, generator):
+    """Match `number` Pairs in rounds 1 and 2, after each of some layers: (right, examples).
+
+    right: {(layer, round): a list of bool [k], from `correct`, one for each pair}.
+    examples: four of the pairs, each with {(layer, round): points found [k, 2]}.
+    """
+    grid, right, examples = model.config.grid, defaultdict(list), []
+    drawn = [i * number // 4 for i in range(4)]
+    for i, pair in enumerate(tqdm(pairs, "matching", number, leave=False)):
+        tokens, found = tokens_of([pair.source, pair.target], tokenizer, grid), {}  # [2, N]
+        sizes = pair.source.shape[1:], pair.target.shape[1:]
+        features = features_by_layer(model, tokens, None, 2, order, generator)
+        for layer, states in zip(range(1, max(layers) + 1), features):  # states: [2, rounds, N, d]
+            if layer not in layers:
+                continue
+            for r in (1, 2):
+                source, target = states[:, r - 1].unflatten(1, grid)  # [h, w, d] each
+                points = nearest_points(source, target, pair.source_points, *sizes).cpu()  # [k, 2]
+                found[layer, r] = points
+                right[layer, r].append(correct(points, pair.target_points, pair.side))
+        if i in drawn:
+            examples.append((pair, found))
+    return right, examples
+
+
+def table_by_layer(model, tokenizer, number, seed, order=None):
+    """What features are good for, on the toy world, [n_layer, 2, 3]: of each layer in rounds 1, 2.
+
+    The three: PCK at 0.1, mean over `number` pairs; the same over all points; the top-1 of a linear
+    probe that learns from 2 * number pictures and is tested on 4 * number others. Shares, 0 to 1.
+    """
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    layers, pairs = range(1, model.config.n_layer + 1), toy_pairs(number, seed)
+    right, _ = match_pairs(model, tokenizer, pairs, number, layers, order, generator)
+
+    # For the probe: the mean of each picture's features
+    images, classes, _ = toy.make(6 * number, UNSEEN + seed)
+    pooled, classes = [], torch.from_numpy(classes)
+    for batch in tqdm(pictures.from_uint8(images).split(50), "encoding", leave=False):
+        tokens = tokens_of(batch, tokenizer, model.config.grid)
+        features = features_by_layer(model, tokens, None, 2, order, generator)
+        pooled.append(torch.stack([states.mean(dim=2).cpu() for states in features]))  # over N
+    pooled = torch.cat(pooled, dim=1)  # [n_layer, 6 * number, rounds, d]
+
+    table, learn = torch.empty(len(layers), 2, 3), 2 * number  # the first ones are learnt from
+    for layer, r in right:
+        x = pooled[layer - 1, :, r - 1]  # [6 * number, d]
+        top_1 = linear_probe(x[:learn], classes[:learn], x[learn:], classes[learn:])
+        table[layer - 1, r - 1] = torch.tensor([*pck(right[layer, r]), top_1])
+    return table
+
+
+# ------------------------------------------------------------------------------------------------
+# What people look at
+
+
+def draw_pairs(examples, layer, title, path):
+    """Write a picture: a row for each of match_pairs's examples, a column for each round.
+
+    A line leads from each point of the source to the one found in the target.
+    """
+    figure = Figure((10, 1 + 2.4 * len(examples)), dpi=110, layout="constrained")
+    for row, (pair, found) in zip(figure.subplots(len(examples), 2, squeeze=False), examples):
+        for r, axes in enumerate(row, start=1):
+            (h, w), (target_h, target_w) = pair.source.shape[1:], pair.target.shape[1:]
+            axes.imshow(pictures.to_uint8(pair.source[None])[0], extent=(0, w, h, 0))
+            axes.imshow(pictures.to_uint8(pair.target[None])[0],
+                        extent=(w, w + target_w, target_h, 0))
+
+            ends, right = found[layer, r], correct(found[layer, r], pair.target_points, pair.side)
+            for (x, y), (end_x, end_y), good in zip(pair.source_points, ends, right):
+                axes.plot((x, w + end_x), (y, end_y), "go-" if good else "ro--")
+            axes.set(xlim=(0, w + target_w), ylim=(max(h, target_h), 0),
+                     title=f"{pair.name}, round {r}: {right.sum()} of {len(right)}")
+            axes.axis("off")
+    figure.suptitle(f"{title}\ngreen, solid: right; red, dashed: wrong")
+    kind = pictures.picture_format(path)
+    border.write_safely(path, lambda partial: figure.savefig(partial, format=kind))
+
+
+def draw_tables(tables, path):
+    """Write a picture: PCK and probe by layer; tables: a list of (name, table_by_layer's)."""
+    figure = Figure((10, 4.5), dpi=110, layout="constrained")
+    for axes, column, label in zip(figure.subplots(1, 2), (0, 2), ("PCK at 0.1", "linear probe")):
+        for i, (name, table) in enumerate(tables):
+            for r, line in ((1, "o--"), (2, "o-")):
+                axes.plot(range(1, 1 + len(table)), 100 * table[:, r - 1, column], line,
+                          color=f"C{i}", label=f"{name}, round {r}")
+        axes.set(xlabel="after layer", ylabel=f"{label}, %")
+        axes.legend()
+    kind = pictures.picture_format(path)
+    border.write_safely(path, lambda partial: figure.savefig(partial, format=kind))
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def match(model, tokenizer, args):
+    """Match pairs of pictures by the features of one layer: PCK, and a picture of four pairs."""
+    layer, order = checked_layer(model, args.layer), args.order or model.order
+    if args.data:
+        paths = sorted(pathlib.Path(args.data).glob("PairAnnotation/test/*.json"))
+        if not paths:
+            raise UserError(f"no {args.data}/PairAnnotation/test/*.json: give SPair-71k's folder")
+        number = min(args.number, len(paths))
+        chosen = [paths[i * len(paths) // number] for i in range(number)]  # of all categories
+        pairs = map(spair_pair, chosen)
+    else:
+        number, pairs = args.number, toy_pairs(args.number, args.seed)
+
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(args.seed)
+    right, examples = match_pairs(model, tokenizer, pairs, number, [layer], order, generator)
+    title = f"{number} pairs, features after layer {layer} of {model.config.n_layer}, {order} order"
+    print(title)
+    for r in (1, 2):
+        by_image, by_point = pck(right[layer, r])
+        print(f"round {r}: PCK at 0.1 {by_image:.1%} per image, {by_point:.1%} per point")
+    draw_pairs(examples, layer, title, args.out)
+
+
+def compare(models, args):
+    """PCK and linear probe by layer and round, of each checkpoint: tables, and a picture."""
+    tables = []  # (name, [n_layer, 2, 3]) of each
+    for path, (model, tokenizer) in zip(args.ckpt, models):
+        name = f"{path}, {args.order or model.order} order"
+        table = table_by_layer(model, tokenizer, args.number, args.seed, args.order)
+        tables.append((pathlib.Path(name).name, table))
+        print(f"{name}, in %\n       PCK at 0.1 per image    per point             linear probe")
+        print("layer     round 1   round 2     round 1   round 2     round 1   round 2")
+        for layer, rounds in enumerate(100 * table, start=1):  # [2, 3]
+            print(f"{layer:5}" + "".join(f"{a:12.1f}{b:10.1f}" for a, b in rounds.T))
+    draw_tables(tables, args.out)
+
+
+def main():
+    toy_models = [border.CHECKPOINTS / name for name in ("randar_toy.pt", "randar_toy_raster.pt")]
+    parser = border.command_line(__doc__)
+    add = parser.add_argument
+    add("--ckpt", nargs="+", help="one or more to compare (default: the toy models that ship)")
+    add("--data", metavar="DIR", help="the folder of SPair-71k (default: draw toy pictures)")
+    add("--layer", type=border.positive_int, help="to match by (default: two thirds of the depth)")
+    add("--tokenizer", help="default: tokenizer.pt beside the checkpoint")
+    add("--number", type=border.positive_int, default=200, help="pairs of pictures (default: 200)")
+    add("--order", help=f"one of {', '.join(ORDERS)} (default: that of the model's training)")
+    add("--seed", type=border.seed, default=0, help="(default: 0)")
+    add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    add("--out", default="features.png", help="picture to write (default: features.png)")
+    args = parser.parse_args()
+    with border.one_line_errors():
+        pictures.picture_format(args.out)  # before hours of work
+        device, one_layer = border.pick_device(args.device), args.data or args.layer
+        args.ckpt = args.ckpt or toy_models[: 1 if one_layer else 2]
+        models = [load_models(path, args.tokenizer, device) for path in args.ckpt]
+        if not one_layer:
+            compare(models, args)
+        elif len(models) == 1:
+            match(*models[0], args)
+        else:
+            raise UserError("--data and --layer are for one model: give one --ckpt")
+        print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What all commands lean on, and none of the method: files, pictures, errors, the toy world."""

@@ -1,0 +1,248 @@
+"""Where a user meets the code: the command line, files, devices.
+
+A *user's mistake* is a wrong command line, file or argument. It is a UserError, raised where the
+input is checked, and ends a command in one line: what was wrong, what was expected, what to do.
+Every other exception is a mistake in the code and keeps its traceback: a student must see file and
+line of his own bug.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+CHECKPOINTS = pathlib.Path(__file__).resolve().parent.parent / "checkpoints"  # weights that ship
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes on the command line
+
+
+class UserError(ValueError):
+    """A user's mistake: wrong command line, file or argument. Its message names the remedy."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a mistake prints one line instead of the whole usage."""
+
+    def error(self, message):
+        """End the program with exit code 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def command_line(docstring):
+    """A parser whose --help shows the file's own docstring, line by line."""
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    return OneLineParser(description=docstring, formatter_class=as_it_stands)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around a command: UserError -> one line, exit code 2; Ctrl-C or SIGTERM -> "stopped", 130."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a cluster says Ctrl-C
+    try:
+        yield
+
+    # All other exceptions pass: theirs is the traceback.
+    except UserError as error:
+        say("error: " + " ".join(str(error).split()))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("stopped")
+        sys.exit(130)
+
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def say(text):
+    """Print to stderr. Of torchrun's processes, which all say the same, one a machine does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def number_type(kind, fits, expected):
+    """An argparse type. kind: int or float; fits(number) -> bool; expected: what an error names."""
+
+    def parse(text):
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan  # fits nowhere: every comparison with it is False
+        if not fits(number):
+            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+        return number
+
+    return parse
+
+
+positive_int = number_type(int, lambda n: n >= 1, "a whole number of at least 1")
+whole_number = number_type(int, lambda n: n >= 0, "a whole number of at least 0")
+step_count = number_type(int, lambda n: n == -1 or n >= 1, "a whole number of at least 1, or -1")
+seed = number_type(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
+finite_float = number_type(float, math.isfinite, "a number")
+positive_float = number_type(float, lambda x: 0 < x < math.inf, "a number above 0")
+fraction = number_type(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+probability = number_type(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+
+
+# --------------------------------------------------------------------------------------------------
+# Devices, processes, signals
+
+
+def pick_device(name=None):
+    """The torch.device of that name; None is the GPU where there is one, else the CPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)  # raises what is wrong with it
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot use device {name!r} ({reason}): try --device cpu") from None
+    return torch.device(name)
+
+
+def join_processes(name=None):
+    """(rank, processes, torch.device); (0, 1, pick_device(name)) unless torchrun started it."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, pick_device(name)
+
+    # Each process takes a GPU of its own, where there are any.
+    if name == "cuda" or (name is None and torch.cuda.is_available()):
+        # Two processes on one GPU are an error deep in NCCL: said here in one line.
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus > 0:
+            raise UserError(f"{here} processes for {gpus} GPUs: give --nproc-per-node {gpus}")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL works on the current one
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def fast_precision(device):
+    """The dtype for matrix products in training: bfloat16 where there is hardware for it."""
+    if device.type == "cuda":
+        faster = torch.cuda.is_bf16_supported()
+    else:
+        able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        faster = able.get("avx512_bf16") or able.get("amx_bf16")  # elsewhere it is emulated
+    return torch.bfloat16 if faster else torch.float32
+
+
+def can_compile(device):
+    """Whether torch.compile works here: on a CPU it writes C++ and needs a compiler for it."""
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    return device.type == "cuda" or any(shutil.which(name) for name in compilers)
+
+
+def stop_at_signal():
+    """A list, empty until Ctrl-C or SIGTERM: a loop that looks at it stops between two steps.
+
+    The second Ctrl-C ends the program at once; not under torchrun, which hands on to its processes
+    what they have had from the terminal already.
+    """
+    stop, alone = [], "WORLD_SIZE" not in os.environ  # torchrun sets it
+
+    def ask_to_stop(number, frame):
+        if not stop:
+            say("\nstopping after this step")
+        if alone:  # the next one ends it
+            signal.signal(number, signal.SIG_DFL)
+        stop.append(number)
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    return stop
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: a full disk, a power cut or Ctrl-C must not cost the last good version
+
+
+def write_safely(path, write):
+    """Call write(temporary path), then put the file in its place in one step; makes its folder.
+
+    UserError where it cannot be written: no permission, a full disk.
+    """
+    path = pathlib.Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)  # a crash from here on leaves the old file as it is
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # all of it is on the disk before the old one goes
+        os.replace(partial, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path} ({reason}): give another place") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def writable_folder(path, option="--out"):
+    """The folder `path`, made if missing. UserError, with `option`, *before* hours of work."""
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable{os.getpid()}"  # processes may look at the same time
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"cannot write into {path} ({reason}): give another {option}") from None
+    return path
+
+
+def save(content, path):
+    """torch.save, safely. content: a dict of tensors, numbers, strings and containers of them."""
+
+    def write(partial):
+        try:
+            torch.save(content, partial)
+        except RuntimeError:  # all that torch says of a full disk
+            raise OSError("is the disk full?") from None
+
+    write_safely(path, write)
+
+
+def load(path, device="cpu"):
+    """What `save` or a .safetensors file holds, on `device`; never runs code from a file.
+
+    UserError for a file that is missing or damaged, or where the package safetensors is missing.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give a file of train.py, of tokenizer.py, or a "
+                        "released one")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # nobody else needs the package
+
+            return load_file(path, device=str(device))  # holds tensors only
+        return torch.load(path, map_location=device, weights_only=True)  # runs no code of a file
+
+    except ImportError:
+        raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
+    except Exception as error:  # a damaged file may raise anything in torch, pickle, zip
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
+        raise UserError(f"{path} is not a readable checkpoint, it may be truncated ({reason}): "
+                        "download or train it again") from None
+
+
+def half_precision(state_dict):
+    """The state dict in float16: half the size on disk; load_state_dict makes it float32 again."""
+    return {name: x.half() if x.is_floating_point() else x for name, x in state_dict.items()}

@@ -1,0 +1,85 @@
+"""What a caller of the library may get wrong, said in one line; and networks in files.
+
+No check of this kind stands between the steps of the method: `decode` asks once, before its first.
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from support import border
+from support.border import UserError
+
+
+def check_shapes(**expected):
+    """name=(tensor, shape as a list): raises UserError, with all names, if one does not fit."""
+    if any(list(x.shape) != shape for x, shape in expected.values()):
+        wanted = ", ".join(f"{name} {shape}" for name, (_, shape) in expected.items())
+        got = ", ".join(str(list(x.shape)) for x, _ in expected.values())
+        raise UserError(f"expected {wanted}, got the shapes {got}")
+
+
+def check_decoding(model, classes, order, sizes, guidance, sampling, known, angles):
+    """Raises UserError for arguments of RandAR.decode that do not fit the model or each other."""
+    b, n, k = len(order), order.shape[-1], known[0].shape[-1]
+    check_shapes(classes=(classes, [b]), order=(order, [b, n]), known_positions=(known[0], [b, k]),
+                 known_tokens=(known[1], [b, k]))
+
+    # Positions and tokens
+    num_tokens = math.prod(model.config.grid) if angles is None else len(angles)
+    positions = torch.cat([known[0], order], dim=1)  # [b, k + n]
+    check_values("classes", classes, model.null_class + 1)
+    check_values("positions", positions, num_tokens)
+    check_values("known tokens", known[1], model.config.vocab_size)
+    if (positions.sort(dim=1).values.diff(dim=1) == 0).any():
+        raise UserError("a position is given twice, in the order or among the known: give it once")
+
+    # How the tokens are drawn
+    if len(guidance.cfg) != 2 or not all(map(math.isfinite, (*guidance.cfg, guidance.scg))):
+        raise UserError("cfg must be two numbers, guidance at the start and at the end, and scg one, not "
+                        f"{list(guidance.cfg)} and {guidance.scg}")
+    if guidance.power is not None and not 0 <= guidance.power < math.inf:
+        raise UserError(f"power must be 0 (constant guidance) or more, not {guidance.power}")
+    if not sampling.temperature > 0:
+        raise UserError(f"temperature must be above 0, not {sampling.temperature}: top_k=1 is greedy")
+    if sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
+        raise UserError("top_k must be 0 (all tokens) or more, top_p above 0 and at most 1, not "
+                        f"{sampling.top_k} and {sampling.top_p}")
+
+    # What a model without position instruction tokens of their own cannot do
+    more_than_it_can = max(sizes, default=1) > 1 or guidance.scg != 1 or angles is not None
+    if not model.decodes_in_parallel and more_than_it_can:
+        raise UserError(f"a model of the kind {model.kind!r} decodes one token a step (steps -1), on "
+                        "its own grid, and without spatial contextual guidance (scg 1)")
+
+
+def check_values(name, x, end):
+    """Raises UserError where a number of the int64 tensor x is not from 0 to end - 1."""
+    if ((x < 0) | (x >= end)).any():
+        raise UserError(f"{name} must be from 0 to {end - 1}, not {x.min()} to {x.max()}")
+
+
+def save_network(network, path, half=False, **more):
+    """Write a network with a dataclass as `config`, and more; half: weights in float16."""
+    state = border.half_precision(network.state_dict()) if half else network.state_dict()
+    border.save({"config": dataclasses.asdict(network.config), "model": state} | more, path)
+
+
+def load_network(path, recognise, device="cpu"):
+    """(network in eval mode, content of the file); recognise(content, path) -> (class, config).
+
+    Raises UserError for a file that is missing, damaged or holds another network.
+    """
+    content = border.load(path)
+    if not isinstance(content, dict):  # a bare tensor, say: no network either
+        content = {}
+    network_class, config = recognise(content, path)
+    with torch.device("meta"):  # shapes without numbers: all of these come from the file
+        network = network_class(config)
+    try:
+        network.to_empty(device=device).load_state_dict(content.get("model", content))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()  # torch names every parameter, one will do
+        raise UserError(f"{path} does not fit the model that it names ({reason})") from None
+    return network.eval(), content

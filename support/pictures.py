@@ -1,0 +1,134 @@
+"""Pictures: tensors to pixels and back, files, labelled grids, animations.
+
+Images are float tensors [n, 3, h, w] in [-1, 1] where networks see them, *pixels* are numpy arrays
+uint8 [n, h, w, 3] everywhere else.
+"""
+
+import math
+import os
+import pathlib
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from support.border import UserError, write_safely
+
+UNDECODED = 200  # the grey of positions that are not decoded yet
+
+
+def to_uint8(images):
+    """[n, 3, h, w] float in [-1, 1] -> numpy uint8 [n, h, w, 3]."""
+    pixels = (images.detach().float().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_uint8(pixels):
+    """numpy uint8 [n, h, w, 3] -> [n, 3, h, w] float in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def open_picture(path):
+    """The picture in a file as PIL's Image, RGB and upright. UserError if missing or unreadable."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # a damaged file may raise anything in Pillow
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"unreadable image {os.fsdecode(path)} ({reason}): give another") from None
+
+
+def read_picture(path):
+    """The picture in a file, as large as it is: [3, H, W] in [-1, 1]. UserError."""
+    return from_uint8(np.array(open_picture(path))[None])[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Labelled grids and animations
+
+
+def picture_grid(pixels, row_labels, title=""):
+    """A labelled PIL picture: one row of images for each label.
+
+    pixels: uint8 [n, h, w, 3], row after row, n = rows * columns; row_labels: one str a row; title:
+    one line on top. Small images are enlarged with hard pixel edges: what the model drew.
+    """
+    rows = len(row_labels)
+    columns = len(pixels) // rows
+    height, width = pixels.shape[1:3]
+    scale = max(1, 96 // max(height, width))
+    gap = 6
+
+    # How large: the labels to the left, the title above, the cells.
+    font = ImageFont.load_default(size=15)
+    margin = gap + int(max(font.getlength(label) for label in row_labels)) + gap
+    top = gap + (22 if title else 0)
+    cell_height, cell_width = height * scale + gap, width * scale + gap
+    total_width = max(margin + columns * cell_width, int(font.getlength(title)) + 2 * gap)
+
+    sheet = Image.new("RGB", (total_width, top + rows * cell_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, gap - 2), title, fill="black", font=font)
+    for row, label in enumerate(row_labels):
+        middle = top + row * cell_height + height * scale // 2
+        draw.text((margin - gap, middle), label, fill="black", font=font, anchor="rm")
+
+    for i, image in enumerate(pixels[: rows * columns]):
+        row, column = divmod(i, columns)
+        enlarged = Image.fromarray(image).resize((width * scale, height * scale), Image.NEAREST)
+        sheet.paste(enlarged, (margin + column * cell_width, top + row * cell_height))
+    return sheet
+
+
+def draw_grid(pixels, classes, class_names, title):
+    """A labelled PIL picture with a row for each class; shorter rows end in white.
+
+    pixels: uint8 [n, H, W, 3]; classes: n ints; class_names: list of str, of all classes.
+    """
+    rows = {label: [] for label in classes}
+    for image, label in zip(pixels, classes):
+        rows[label].append(image)
+
+    columns = max(len(row) for row in rows.values())
+    white = np.full_like(pixels[0], 255)
+    cells = [image for row in rows.values() for image in row + [white] * (columns - len(row))]
+    return picture_grid(np.stack(cells), [class_names[label] for label in rows], title)
+
+
+def draw_gif(pixels, turns, f, path, seconds=4.0):
+    """Write an animation: grey pictures fill up in the order of decoding, then stay for a while.
+
+    pixels: uint8 [n, H, W, 3], the finished pictures; turns: int [n, h, w], the step that decoded
+    each token; f: pixels a token. A token's pixels appear, as they are in the end, in its step.
+    """
+    steps = int(turns.max()) + 1
+    columns = math.ceil(math.sqrt(len(pixels) * 2))
+    empty = np.full((-len(pixels) % columns, *pixels.shape[1:]), 255, np.uint8)  # ends the last row
+    step_of_pixel = turns.repeat(f, axis=1).repeat(f, axis=2)[..., None]  # [n, H, W, 1]
+
+    frames = []
+    for step in range(steps + 1):
+        cells = np.where(step_of_pixel < step, pixels, np.uint8(UNDECODED))
+        cells = np.concatenate([cells, empty])
+        shown = (turns[0] < step).sum()
+        title = f"step {step} of {steps}: {shown} of {turns[0].size} tokens"
+        frames.append(picture_grid(cells, [""] * (len(cells) // columns), title))
+
+    durations = [int(1000 * seconds / steps)] * steps + [2000]  # milliseconds
+    save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations,
+                 loop=0)
+
+
+def picture_format(path):
+    """The format that a picture's name asks for. UserError for one that we do not write."""
+    kinds = {"": "png", ".png": "png", ".gif": "gif", ".jpg": "jpeg", ".jpeg": "jpeg"}
+    kind = kinds.get(pathlib.Path(path).suffix.lower())
+    if kind is None or pathlib.Path(path).is_dir():
+        raise UserError(f"cannot write a picture as {path}: give a name that ends in .png or .gif")
+    return kind
+
+
+def save_picture(picture, path, **options):
+    """Write a PIL image as a PNG (or GIF, with its options), safely."""
+    kind = picture_format(path)
+    write_safely(path, lambda partial: picture.save(partial, format=kind, **options))

@@ -1,0 +1,248 @@
+"""sample.py as a specification: what is drawn, what becomes of it, what is refused."""
+
+import re
+import signal
+import subprocess
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from helpers import C, V, files_of, seeded, small_model, small_tokenizer, typed
+from PIL import Image
+
+import rar
+import sample
+from randar import save_randar
+from support import pictures
+from tokenizer import load_tokenizer, save_tokenizer
+
+SAMPLE = "sample.py --ckpt weights/randar.pt --steps 3 --batch-size 4"
+NAMES = ["cat", "dog", "cow", "hen", "pig"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a small model of 5 classes and 16 x 16 pixels, and its tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    model = small_model()
+    model.class_names = NAMES
+    save_randar(model, "weights/randar.pt")
+    save_tokenizer(small_tokenizer(), "weights/tokenizer.pt")
+    return tmp_path
+
+
+def content():
+    with np.load("drawn.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture
+def drawn(folder, run):
+    """A function that draws with these options, and returns what the file holds then."""
+    return lambda options: run(f"{SAMPLE} --npz drawn.npz {options}") or content()
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """A list to which each grid that is drawn adds its pictures and their classes."""
+    grids, draw_grid = [], pictures.draw_grid
+
+    def spy(pixels, classes, *rest):
+        grids.append((np.stack(pixels), list(classes)))
+        return draw_grid(pixels, classes, *rest)
+
+    monkeypatch.setattr(pictures, "draw_grid", spy)
+    return grids
+
+
+# ------------------------------------------------------------------------------------------------
+# The picture
+
+
+@pytest.mark.parametrize("options, expected", [
+    ("", [i for i in range(5) for _ in range(8)]), ("--number 3", [0, 1, 2]), ("--number 1", [0]),
+    ("--classes dog --number 2", [1, 1]), ("--classes 1 cat --number 5", [1, 1, 1, 0, 0]),
+    ("--classes 0", [0] * 8)])
+def test_classes_are_names_or_numbers(folder, run, grids, options, expected):
+    run(f"{SAMPLE} {options}")
+    assert grids[0][1] == expected and (folder / "samples.png").is_file()
+
+
+def below_the_title(path):
+    return np.asarray(Image.open(path))[28:]
+
+
+def test_the_same_seed_draws_the_same_pictures_and_another_draws_others(folder, run):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(f"{SAMPLE} --seed {seed} --number 4 --out {name}.png")
+    assert (below_the_title("a.png") == below_the_title("b.png")).all()
+    assert (below_the_title("a.png") != below_the_title("c.png")).any()
+
+
+@pytest.mark.parametrize("steps, used", [(1, 1), (16, 16), (1000, 16), (-1, 16), (None, 6)])
+def test_more_steps_than_tokens_are_one_token_a_step(folder, run, capsys, steps, used):
+    flag = "" if steps is None else f"--steps {steps}"
+    run(f"sample.py --ckpt weights/randar.pt --number 2 {flag}")
+    assert f"; {used} steps, " in capsys.readouterr().out
+
+
+def test_all_that_decoding_can_do_can_be_asked_for(folder, run, capsys):
+    run(f"{SAMPLE} --number 2 --order spiral-in --cfg 3 3 --power 2 --scg 1.2 --temperature 0.9 "
+        "--top-k 5 --top-p 0.9 --device cpu --tokenizer weights/tokenizer.pt --out drawn.jpg")
+    assert "order spiral-in, cfg 3 to 3 by power 2, scg 1.2, seed 0" in capsys.readouterr().out
+    assert Image.open("drawn.jpg").format == "JPEG"
+
+
+def test_the_gif_shows_nothing_and_then_every_step(folder, run):
+    run(f"{SAMPLE} --steps 5 --gif --out new/drawn.png")
+    animation = Image.open("new/drawn.gif")
+    assert animation.format == "GIF" and animation.n_frames == 5 + 1
+    grey = []
+    for frame in range(6):
+        animation.seek(frame)
+        pixels = np.asarray(animation.convert("RGB")).astype(int)
+        grey.append((abs(pixels - pictures.UNDECODED).max(-1) < 3).mean())
+    assert grey == sorted(grey, reverse=True) and grey[0] > 0.4 and grey[5] < 0.05
+
+
+@pytest.mark.parametrize("kind", ["dense", "merge", "rar"])
+def test_models_of_other_kinds_are_drawn_from_as_they_can(folder, run, capsys, kind):
+    model_class, config_class = rar.KINDS[kind]
+    more = dict(mlp=64) if kind == "rar" else {}
+    settings = dict(grid=(4, 4), vocab_size=V, num_classes=C, dim=32, n_layer=2, n_head=2) | more
+    model = model_class(config_class(**settings))
+    save_randar(model, "weights/randar.pt")
+    run("sample.py --ckpt weights/randar.pt --number 2 --power 1.5")
+    steps = 6 if kind == "dense" else 16  # the others decode one token a step
+    assert f"{steps} steps, order {model.order}" in capsys.readouterr().out
+
+
+def test_the_shipped_model_draws_what_it_is_asked_for(tmp_path, monkeypatch, run, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("sample.py --number 100")
+    said = capsys.readouterr().out
+    share = float(said.split("class asked for in ")[1].split("%")[0])
+    assert "22 steps" in said and share >= 95 and "Frechet" not in said
+    assert Image.open("samples.png").height > 900  # ten rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Many pictures in one file
+
+
+def test_the_file_is_adms_all_classes_in_turn(drawn):
+    file = drawn("--number 11")
+    assert file.keys() == {"arr_0", "arr_1"}
+    assert file["arr_0"].shape == (11, 16, 16, 3) and file["arr_0"].dtype == np.uint8
+    assert file["arr_1"].tolist() == [i % C for i in range(11)] and file["arr_1"].dtype == np.int64
+
+
+def test_each_image_is_of_its_label(drawn):
+    file = drawn("--number 3 --classes 3 1 --seed 5")
+    assert file["arr_1"].tolist() == [3, 1, 3]
+    model, tokenizer = small_model(), load_tokenizer("weights/tokenizer.pt")
+    tokens = model.generate(torch.tensor([3, 1, 3]), steps=3, generator=seeded(5))
+    assert (file["arr_0"] == pictures.to_uint8(tokenizer.decode(tokens))).all()
+
+
+def test_batches_differ_and_do_not_depend_on_how_many_there_are(drawn):
+    few, more = drawn("--number 8 --classes 2")["arr_0"], drawn("--number 11 --classes 2")["arr_0"]
+    assert (few == more[:8]).all()
+    assert (more[:4] != more[4:8]).any() and (more[:3] != more[8:]).any()
+
+
+def test_the_picture_has_at_most_ten_classes_up_to_twelve_times(drawn, grids):
+    save_randar(small_model(num_classes=30), "weights/randar.pt")
+    file = drawn("--number 400 --batch-size 64 --steps 1")
+    [(pixels, classes)] = grids
+    assert sorted(classes) == sorted(list(range(0, 30, 3)) * 12)
+    for label in (0, 27):
+        expected = file["arr_0"][file["arr_1"] == label][:12]
+        assert (pixels[np.equal(classes, label)] == expected).all()
+
+
+def test_a_batch_leaves_the_memory_while_the_next_one_is_drawn(tmp_path):
+    earlier = []
+
+    def batches():
+        for i in range(5):
+            assert all(batch() is None for batch in earlier[:-1])
+            pixels = np.full((2, 4, 6, 3), i, np.uint8)
+            earlier.append(weakref.ref(pixels))
+            yield pixels
+            del pixels
+
+    sample.write_npz(tmp_path / "a.npz", batches(), [0] * 10, 4, 6)
+    with np.load(tmp_path / "a.npz") as content:
+        assert content["arr_0"].shape == (10, 4, 6, 3)
+        assert content["arr_0"][:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_ended_midway_it_leaves_the_folder_as_it_was(folder, run, monkeypatch, kind):
+    (folder / "drawn.npz").write_text("of an earlier run")
+    before, calls, to_uint8 = files_of(folder), [], pictures.to_uint8
+
+    def end_in_the_second_batch(images):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(kind)
+        return to_uint8(images)
+
+    monkeypatch.setattr(pictures, "to_uint8", end_in_the_second_batch)
+    with pytest.raises(SystemExit, match="130"):
+        run(f"{SAMPLE} --npz drawn.npz --number 12")
+    assert len(calls) == 2 and files_of(folder) == before
+
+
+def test_two_processes_draw_what_one_does(folder, drawn):
+    options = "--number 18 --gif --device cpu"  # five batches, the last of two
+    alone = drawn(options)
+    written = [(folder / name).read_bytes() for name in ("samples.png", "samples.gif")]
+    (folder / "drawn.npz").unlink()
+    line = f"{SAMPLE} --npz drawn.npz {options}"
+    process = subprocess.run(**typed(line, folder, processes=2), timeout=240)
+    assert process.returncode == 0, process.stderr
+    assert all((content()[name] == alone[name]).all() for name in ("arr_0", "arr_1"))
+    assert [(folder / name).read_bytes() for name in ("samples.png", "samples.gif")] == written
+    assert process.stdout.count("drawn.npz: 18 pictures") == 1
+    assert process.stderr.count(" 0/18 ") == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Mistyped: one line that names the problem and the remedy, exit code 2, and nothing written
+
+MISTAKES = {
+    "sample.py --ckpt cut.pt": "cut.pt is not a readable checkpoint, it may be truncated",
+    "sample.py --ckpt alone/randar.pt": "needs its tokenizer, .* no alone/tokenizer.pt: give",
+    f"{SAMPLE} --tokenizer other.pt": "tokenizer has 31 codes: give .* the one of 32 codes",
+    f"{SAMPLE} --classes 5": "no class '5': give a number from 0 to 4 or a name .cat, dog",
+    f"{SAMPLE} --steps 0": "--steps: expected a whole number of at least 1, or -1, not '0'",
+    f"{SAMPLE} --order zigzag --out new/a.png": "unknown order 'zigzag': choose from random, ",
+    f"{SAMPLE} --power -1 --out new/a.png": "power must be 0 .constant guidance. or more, not -1",
+    f"{SAMPLE} --out file.txt/a.png": "cannot write into file.txt .*--out",
+    f"{SAMPLE} --out a.bmp": "cannot write a picture as a.bmp: give a name that ends in .png",
+    f"{SAMPLE} --gif --out a.gif": "--gif would overwrite a.gif: end the name of --out in .png",
+    f"{SAMPLE} --npz new/drawn": "cannot write pictures as new/drawn: give a name .* .npz",
+    f"{SAMPLE} --npz file.txt/a.npz": "cannot write into file.txt .*--npz",
+    f"{SAMPLE} --number 2000000 --npz a.npz": "a.npz needs 1.5 GB, 1.0 GB are free: give another",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_no_trace(folder, run, monkeypatch, capsys, line):
+    save_tokenizer(small_tokenizer(codebook_size=V - 1), "other.pt")
+    save_randar(small_model(), "alone/randar.pt")
+    (folder / "cut.pt").write_bytes((folder / "weights" / "randar.pt").read_bytes()[:9000])
+    (folder / "file.txt").write_text("no folder")
+    usage = type("Usage", (), dict(free=10**9))
+    monkeypatch.setattr(sample.shutil, "disk_usage", lambda path: usage)
+    before = files_of(folder)
+    with pytest.raises(SystemExit) as stop:
+        run(line)
+    out, errors = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert len(errors.splitlines()) == 1 and errors.startswith(("error: ", "sample.py"))
+    assert re.search(MISTAKES[line], errors), errors
+    assert files_of(folder) == before
