@@ -16,10 +16,11 @@ in any order, several tokens at a time, and fills in, extends or changes images 
     load_randar, save_randar   files: ours and the released weights
 
 Sections, tables and equations are those of the paper's first arXiv version. The words:
-*position*, where a token is in the image: its raster index, row * w + column. *Turn*, its index
-in the order. *start_pos*, a place in the sequence; only this decides what a token can see. *Step*:
-decodes m tokens at once; their instruction tokens are its *queries*, Q. P, x: instruction token,
-image token; N = h * w of each. b, d, D, V: batch, width, width of a head, vocabulary.
+*position*: where a token is in the image, its raster index, row * w + column; *turn*: the index of
+a token in the order; *start_pos*: where new tokens begin in the sequence; *step*: decodes m tokens
+at once, and its *queries* Q are their instruction tokens (not attention's queries). P_i, x_i:
+instruction token and image token of turn i; N = h * w of each; b: batch; n, k: tokens to decode,
+known tokens; c: contexts of guidance; d, D: width, of all and of a head; V: vocabulary.
 """
 
 import math
@@ -211,7 +212,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        inner = math.ceil(int(8 * config.dim / 3) / 256) * 256  # 2/3 of 4 d: a third matrix pays
+        inner = math.ceil(int(8 * config.dim / 3) / 256) * 256  # 2/3 of the usual 4 d, as there are 3 matrices
         self.w1 = nn.Linear(config.dim, inner, bias=False)
         self.w3 = nn.Linear(config.dim, inner, bias=False)
         self.w2 = nn.Linear(inner, config.dim, bias=False)
@@ -239,10 +240,12 @@ class Block(nn.Module):
 # From logits to tokens: guidance and sampling
 #
 # Guidance compares what the model says in several *contexts*. Classifier-free guidance (CFG) moves
-# the logits away from what it says without the class. Spatial contextual guidance (SCG, App. F):
-# from what it says when a quarter of the image tokens that it has read are zeros.
+# the logits away from what it says without the class. Spatial contextual guidance (SCG, App. F)
+# moves them away from what it says when it has read a quarter of the image tokens as zero vectors.
 
-CLASS, NULL, DROPPED = "class", "null", "dropped"  # given; not given; nor all the image tokens
+CLASS = "all tokens, the class"
+NULL = "all tokens, no class"
+DROPPED = "three quarters of the tokens, no class"
 
 
 @dataclass
@@ -251,7 +254,7 @@ class Guidance:
 
     cfg: tuple = (1.0, 4.0)  # w_cfg at the start and at the end
     scg: float = 1.0  # w_scg
-    power: float = None  # RAR's schedule, in place of a straight line: the larger, the later
+    power: float = None  # RAR's schedule, not a straight line: the larger, the later w_cfg rises
 
     def contexts(self, class_given):
         if self.scg != 1:
@@ -290,8 +293,8 @@ def sample_tokens(logits, sampling=Sampling(), generator=None):
         logits = torch.full_like(logits, -torch.inf).scatter(-1, tokens, best)
     if sampling.top_p < 1:
         ordered, tokens = logits.sort(dim=-1, descending=True)
-        likelier = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # than this one, together
-        ordered = ordered.masked_fill(likelier >= sampling.top_p, -torch.inf)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of all likelier tokens
+        ordered = ordered.masked_fill(before >= sampling.top_p, -torch.inf)
         logits = logits.scatter(-1, tokens, ordered)
 
     # The largest of p_i / E_i, E_i exponentially distributed, is i with probability p_i. Unlike
@@ -320,7 +323,8 @@ class RandAR(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.order, self.class_names = "random", None  # of its training: a name, a list of C str
+        self.order = "random"  # the name of the order of its training
+        self.class_names = None  # or a list of C str
         self.head_dim = config.dim // config.n_head  # D
         self.null_class = config.num_classes  # "no class": last row of the class embedding
         table = nn.Embedding(config.num_classes + 1, config.dim)
@@ -338,8 +342,9 @@ class RandAR(nn.Module):
     def position_instruction_tokens(self, cos_sin, positions):
         """P_i = RoPE(e, h_i, w_i) (Eq. 5) for cos_sin [b, n, D / 2, 2] -> [b, n, d].
 
-        Attention turns their queries and keys once more, as those of all tokens, but no *values*:
-        without this rotation all P would say the same. positions, int64 [b, n]: for rar.Dense.
+        Attention turns queries and keys as well, but values never. If every P were the same e, all
+        would hand on the same value: a token could tell from a P where it stands itself, in relation
+        to it, and not what comes next. positions, int64 [b, n]: for rar.Dense.
         """
         e = self.pos_instruct_embeddings.view(self.config.n_head, self.head_dim)  # [heads, D]
         return rotate(e, cos_sin[:, :, None]).flatten(2)
@@ -359,7 +364,8 @@ class RandAR(nn.Module):
         class_token = self.cls_embedding.embedding_table(classes)[:, None]  # [b, 1, d]
 
         # x_i turns like its P_i. The class has no position: the released weights were trained with
-        # cos = sin = 0 for it, so that its key is zero and every token scores it 0.
+        # cos = sin = 0 for it. That is no angle: its key is zero, so every token scores it 0, which
+        # still has a weight after the softmax, and reads its value.
         cos_sin = cos_sin.repeat_interleave(2, dim=1)
         cos_sin = torch.cat([torch.zeros_like(cos_sin[:, :1]), cos_sin], dim=1)
         return torch.cat([class_token, pairs], dim=1), cos_sin
@@ -450,17 +456,17 @@ class RandAR(nn.Module):
         # The sequence to come, class P_1 x_1 ... P_k+n x_k+n. Of its image tokens the first k are
         # known; the others are written into x, at places 2, 4, 6, ..., when they have been drawn.
         turns = torch.cat([known[0], order], dim=1).repeat(len(contexts), 1)  # [c * b, k + n]
-        blank = turns.new_zeros(len(turns), int(turns.max()) + 1)
+        blank = turns.new_zeros(len(turns), int(turns.max()) + 1)  # unknown, and not read
         x, cos_sin = self.sequence(blank, classes, turns, angles)  # [c * b, 1 + 2 (k + n), d]
         done, total, start_pos = known[0].shape[1], turns.shape[1], 0
-        heads = self.config.n_head, 2 * total, self.head_dim
-        caches = x.new_zeros(self.config.n_layer, 2, len(x), *heads)  # keys and values
+        size = len(x), self.config.n_head, 2 * total, self.head_dim  # as long as in training
+        caches = x.new_zeros(self.config.n_layer, 2, *size)  # keys and values of every layer
 
-        # The last context may drop tokens, for good: their keys and values stay in the cache.
-        kept = x.new_ones(len(turns), total, 1)
+        # The last context may drop tokens. Which ones is decided once: a token's key and value stay
+        # in the cache, and another decision could not change them.
+        b, kept = len(order), x.new_ones(len(turns), total, 1)
         if DROPPED in contexts:
-            chance = torch.rand(len(order), total, 1, generator=generator, device=x.device)
-            kept[-len(order) :] = chance >= 0.25
+            kept[-b:] = torch.rand(b, total, 1, generator=generator, device=x.device).ge(0.25)
         embedded = self.tok_embeddings(known[1]).repeat(len(contexts), 1, 1)  # [c * b, k, d]
         x[:, 2 : 2 + 2 * done : 2] = embedded * kept[:, :done]
 
@@ -475,7 +481,7 @@ class RandAR(nn.Module):
             y = self.hidden_states(x[:, seen], cos_sin[:, seen], mask, caches, start_pos)
             logits = guidance.combine(contexts, self.logits(y[:, -m:]), done / total)  # [b, m, V]
             tokens = sample_tokens(logits, sampling, generator)  # [b, m]
-            yield Step(turns[: len(order), done : done + m], tokens, logits)
+            yield Step(turns[:b, done : done + m], tokens, logits)
 
             # The cache, after a step that decoded x_3 and x_4 with two queries:
             #

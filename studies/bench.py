@@ -7,7 +7,6 @@ weights: on a GPU, or in some ten minutes on a CPU, two images at a time.
     decoding_floor              the time that sampling must take on this device
     training_rows               a training step, plain and compiled
     sampling_rows               a batch of images, cached and uncached, in many steps and few
-    scaling_rows                how the costs grow with the number of tokens
 
     bench/bench.json   all figures        bench/bench.png   a picture of them
 """
@@ -71,7 +70,7 @@ def decoding_floor(model, streams, steps, rate, speed):
 
 
 # ------------------------------------------------------------------------------------------------
-# What is measured: training, sampling, and how the costs grow with the number of tokens
+# What is measured: training and sampling
 
 
 def training_step(model, batch, precision):
@@ -105,14 +104,15 @@ def kept_for_backward(step, model):
     return sum(size for pointer, size in kept.items() if pointer not in own) / 1e9
 
 
-def training_rows(model, batch, device, precision, rate, seconds):
+def training_rows(model, batch, device, precision, rate, seconds, compiled=False):
     """A row for each way to train; rate: the operations a second that MFU is a share of."""
     cases = {"plain": training_step(model, batch, precision)}
-    if border.can_compile(device):
+    if compiled:
         cases["compiled"] = training_step(torch.compile(model), batch, precision)
     kept, flops = kept_for_backward(cases["plain"], model), training_flops(model)
-    return [dict(training=way, batch=batch, seconds=taken, images_per_second=batch / taken,
-                 MFU=flops * batch / taken / rate, plain_kept_GB=kept)
+    return [dict(training=way, tokens=math.prod(model.config.grid), batch=batch, seconds=taken,
+                 images_per_second=batch / taken, MFU=flops * batch / taken / rate,
+                 plain_kept_GB=kept)
             for way, taken in interleaved(cases, device, seconds, "training").items()]
 
 
@@ -145,36 +145,18 @@ def decoding(model, batch, steps, cached=True):
     return five_steps
 
 
-def sampling_rows(model, batch, device, rate, speed, seconds):
-    """A row for each way to draw: a batch, cached and uncached; one image."""
-    num_tokens, cases, rows = math.prod(model.config.grid), {}, []
-    for steps in (num_tokens, default_steps(num_tokens), num_tokens * 48 // 256):  # 256, 88, 48
-        for way, size in (("cached", batch), ("uncached", batch), ("cached", 1)):
-            cases[way, size, steps] = decoding(model, size, steps, way == "cached")
-
-    for (way, size, steps), taken in interleaved(cases, device, seconds, "sampling").items():
+def sampling_rows(model, ways, device, rate, speed, seconds):
+    """A row for each of ways, a list of ("cached" or "uncached", images, steps)."""
+    cases = {(way, batch, steps): decoding(model, batch, steps, way == "cached")
+             for way, batch, steps in ways}
+    rows = []
+    for (way, batch, steps), taken in interleaved(cases, device, seconds, "sampling").items():
         if way == "uncached":
             taken *= steps / 5  # of which five were made: their cost is a smooth curve
-        floor = decoding_floor(model, 2 * size, steps, rate, speed)
-        rows.append(dict(sampling=way, batch=size, steps=steps, seconds=taken,
-                         images_per_second=size / taken, floor_seconds=floor,
-                         times_floor=taken / floor))
-    return rows
-
-
-def scaling_rows(settings, batch, device, precision, rate, speed, seconds):
-    """A row for each number of tokens: what training and decoding take, and what theory says."""
-    rows = []
-    for side in (8, 16, 24, 32):
-        config, steps = Config(**settings | dict(grid=(side, side))), default_steps(side**2)
-        model, cast = RandAR(config).to(device), RandAR(config).eval().to(device, precision)
-        step = training_step(model, batch, precision)  # it keeps its weights in float32
-        cases = {"training": step, "decoding": decoding(cast, batch, steps)}
-        taken = interleaved(cases, device, seconds / 4, f"{side**2} tokens")
-        rows.append(dict(tokens=side**2, batch=batch, training_seconds=taken["training"],
-                         training_GFLOP=batch * training_flops(model) / 1e9,
-                         kept_GB=kept_for_backward(step, model), decoding_seconds=taken["decoding"],
-                         floor_seconds=decoding_floor(cast, 2 * batch, steps, rate, speed)))
+        floor = decoding_floor(model, 2 * batch, steps, rate, speed)
+        rows.append(dict(sampling=way, tokens=math.prod(model.config.grid), batch=batch,
+                         steps=steps, seconds=taken, images_per_second=batch / taken,
+                         floor_seconds=floor, times_floor=taken / floor))
     return rows
 
 
@@ -203,9 +185,9 @@ def draw(result, path):
             (left, cached, "steps", "seconds", "cached"),
             (left, uncached, "steps", "seconds", "uncached"),
             (left, cached, "steps", "floor_seconds", "floor"),
-            (right, result["scaling"], "tokens", "training_seconds", "training step"),
-            (right, result["scaling"], "tokens", "decoding_seconds", "decoding"),
-            (right, result["scaling"], "tokens", "floor_seconds", "floor of decoding")):
+            (right, result["training_by_tokens"], "tokens", "seconds", "training step"),
+            (right, result["sampling_by_tokens"], "tokens", "seconds", "decoding"),
+            (right, result["sampling_by_tokens"], "tokens", "floor_seconds", "floor of decoding")):
         axes.plot([row[x] for row in rows], [row[y] for row in rows], "o-", label=label)
         axes.set(xlabel=x, ylabel="seconds", yscale="log")
         axes.legend()
@@ -232,19 +214,34 @@ def bench(args):
                   GB_per_second=speed / 1e9)
     print(result)
 
-    # The rows
+    # A training step
     micro = min(batch, 64 if toy else 32)  # train.py's micro-batch
-    rows = training_rows(model, micro, device, learn, rates[learn], args.seconds)
+    training = device, learn, rates[learn], args.seconds
+    rows = training_rows(model, micro, *training, compiled=border.can_compile(device))
     result["training"] = show(rows)
+
+    # Sampling, in one token a step, the paper's 88 steps of 256, and 48
+    n = math.prod(model.config.grid)
+    ways = [(way, images, steps) for steps in (n, default_steps(n), n * 48 // 256)
+            for way, images in (("cached", batch), ("uncached", batch), ("cached", 1))]
     model.eval().to(draws)
-    torch._dynamo.config.recompile_limit = 64  # a few graphs for each of the batches below
+    torch._dynamo.config.recompile_limit = 64  # a few graphs for each of the batches
     if gpu:  # on a CPU decoding is hardly faster for it
         for layer in model.layers:
             layer.compile(dynamic=True)  # one graph serves all layers, and steps of all lengths
-    limits = rates[draws], speed, args.seconds
-    result["sampling"] = show(sampling_rows(model, batch, device, *limits))
-    settings["n_layer"] = 1  # the slopes are those of all layers
-    result["scaling"] = show(scaling_rows(settings, min(batch, 4), device, draws, *limits))
+    sampling = device, rates[draws], speed, args.seconds
+    result["sampling"] = show(sampling_rows(model, ways, *sampling))
+
+    # Both, of one layer, by the number of tokens
+    few, result["training_by_tokens"], result["sampling_by_tokens"] = min(batch, 4), [], []
+    for side in (8, 16, 24, 32):
+        model = RandAR(Config(**settings | dict(grid=(side, side), n_layer=1))).to(device)
+        result["training_by_tokens"] += training_rows(model, few, *training)
+        model.eval().to(draws)
+        ways = [("cached", few, default_steps(side**2))]
+        result["sampling_by_tokens"] += sampling_rows(model, ways, *sampling)
+    show(result["training_by_tokens"])
+    show(result["sampling_by_tokens"])
 
     # Files
     text = json.dumps(result, indent=1)

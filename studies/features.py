@@ -236,10 +236,9 @@ def compare(models, args):
         name = f"{path}, {args.order or model.order} order"
         table = table_by_layer(model, tokenizer, args.number, args.seed, args.order)
         tables.append((pathlib.Path(name).name, table))
-        print(f"{name}, in %\n       PCK at 0.1 per image    per point             linear probe")
-        print("layer     round 1   round 2     round 1   round 2     round 1   round 2")
+        print(f"{name}, in %: PCK at 0.1 per image, per point, linear probe; in rounds 1 and 2")
         for layer, rounds in enumerate(100 * table, start=1):  # [2, 3]
-            print(f"{layer:5}" + "".join(f"{a:12.1f}{b:10.1f}" for a, b in rounds.T))
+            print(f"layer {layer:2}", *(f"{a:8.1f}{b:8.1f}" for a, b in rounds.T))
     draw_tables(tables, args.out)
 
 

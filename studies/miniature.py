@@ -12,10 +12,10 @@ Every comparison has SAMPLES samples for each of SEEDS, against as many fresh pi
 model and the last random one are those that ship for everybody, trained by the same command.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
-import statistics
 import subprocess
 import sys
 
@@ -28,7 +28,6 @@ from studies.bench import decoding, interleaved
 from studies.evaluate import evaluate
 from studies.features import table_by_layer
 from support import border, pictures, toy
-from support.border import UserError
 from support.judge import JUDGE_SEED
 from tokenizer import load_tokenizer
 
@@ -69,22 +68,14 @@ def train(out):
     missing = [(name, steps) for name, (_, kept) in TRAININGS.items() for steps in kept
                if not weights(name, steps).is_file()]
     for name, steps in missing:
-        # How far has it gone?
-        folder = pathlib.Path(out) / name
-        state = folder / "training.pt"
-        done = border.load(state)["step"] if state.is_file() else 0  # training steps
-        if done > steps:
-            raise UserError(f"{folder} has gone on to step {done}, but {weights(name, steps)} is "
-                            "missing: remove that folder, to train anew")
+        # Go on from where it is. train.py refuses if that is too far: then remove the folder.
+        folder = out.resolve() / name
+        descent = 1 / 6 if steps == STEPS else 0  # of the learning rate, see above
+        line = f"train.py {TRAININGS[name][0]} --steps {steps} --descent {descent}".split()
+        line += ["--resume"] if (folder / "training.pt").is_file() else []
+        run_to_its_end([sys.executable, *line, "--out", str(folder)])
 
-        # Go on from there, and keep what comes out.
-        if done < steps:
-            print(f"{name}: from step {done} to {steps}", flush=True)
-            descent = 1 / 6 if steps == STEPS else 0  # of the learning rate, see above
-            line = [*TRAININGS[name][0].split(), "--steps", steps, "--descent", descent, "--out",
-                    folder.resolve()]
-            line += ["--resume"] if done else []
-            run_to_its_end([sys.executable, "train.py", *map(str, line)])
+        # Keep what comes out: the next one goes on from there.
         result = folder / ("rar.pt" if name == "rar" else "randar.pt")
         border.write_safely(weights(name, steps), lambda partial: shutil.copy(result, partial))
 
@@ -93,10 +84,8 @@ def run_to_its_end(command):
     """Run a command in the project's folder. If it fails, it has said why: this ends, too."""
     process = subprocess.Popen(command, cwd=HERE.parent)  # in a process of its own, as typed
     while process.poll() is None:
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # the command has it, too, and saves first
             process.wait()
-        except KeyboardInterrupt:  # the terminal sends it to the command, too, which saves first
-            pass
     if process.returncode:
         sys.exit(process.returncode)
 
@@ -126,9 +115,8 @@ def figures(run, seed, device):
     return {name: result[name] for name in FIGURES}
 
 
-def run_of(model, steps=PARALLEL, order="random", cfg=None, scg=1.0, trained=STEPS):
-    """A run; cfg None: the best one of Table 1's sweep, for the models that are in it."""
-    cfg = best_guidance(model) if cfg is None else cfg
+def run_of(model, steps=PARALLEL, order="random", cfg=1.5, scg=1.0, trained=STEPS):
+    """A run; cfg: 1.5 is the best one of Table 1's sweep, for random and for raster order."""
     return dict(model=model, trained=trained, order=order, steps=steps, cfg=cfg, scg=scg)
 
 
@@ -156,35 +144,22 @@ def runs_of(name):
 RUNS = ("guidance", "positions", "orders", "steps", "training", "scg")  # names for runs_of
 
 
-def best_guidance(model):
-    """The guidance of lowest mean FID in the sweep; the random model's for those not in it."""
-    found = read("guidance")
-    complete = [row for row in found if len(row["results"]) == len(SEEDS)]
-    if len(complete) < len(runs_of("guidance")):
-        raise UserError("the best guidance is not known yet: measure --only guidance first")
-    rows = pick(found, model=model) or pick(found, model="toy")  # toy: random order
-    return min(rows, key=lambda row: mean_and_spread(row, "FID")[0])["run"]["cfg"]
-
-
 def features(device):
     """Tables 5 and C: PCK and probe by layer and round, of the random and raster models: rows."""
-    tokenizer, rows = load_tokenizer(border.CHECKPOINTS / "tokenizer.pt", device), []
+    rows, tokenizer = [], load_tokenizer(border.CHECKPOINTS / "tokenizer.pt", device)
     for name in ("toy", "raster"):
         model = load_randar(weights(name), device)
-        tables = [table_by_layer(model, tokenizer, 200, seed) for seed in SEEDS]  # of 200 pairs
-        rows.append(dict(run=dict(model=name), results=[table.tolist() for table in tables]))
+        tables = [table_by_layer(model, tokenizer, 200, seed).tolist() for seed in SEEDS]
+        rows.append(dict(run=dict(model=name), results=tables))
     return rows
 
 
 def latency(device, seconds=20):
     """Table 4: seconds for one image and for 64 with guidance, by the number of steps: rows."""
-    model, cases = load_randar(weights("toy"), device), {}
-    for batch in (1, 64):
-        for steps in (ALL, 48, 32, PARALLEL, 16, 12, 8):
-            cases[batch, steps] = decoding(model, batch, steps)
-    taken = interleaved(cases, device, seconds, "latency")  # medians
-    return [dict(run=dict(batch=batch, steps=steps), results=[{"seconds": taken[batch, steps]}])
-            for batch, steps in cases]
+    model, steps = load_randar(weights("toy"), device), (ALL, 48, 32, PARALLEL, 16, 12, 8)
+    cases = {(batch, n): decoding(model, batch, n) for batch in (1, 64) for n in steps}
+    return [dict(run=dict(batch=batch, steps=n), results=[dict(seconds=taken)])
+            for (batch, n), taken in interleaved(cases, device, seconds, "latency").items()]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -203,37 +178,25 @@ def write(name, rows):
     border.write_safely(RESULTS / f"{name}.json", lambda partial: partial.write_text(text))
 
 
-def measure(names, device):
-    """Measure what is missing of the files called `names`; saves after each run and seed."""
-    for name in names:
-        if name in RUNS:
-            measure_runs(name, device)
-        elif not read(name):
-            write(name, {"features": features, "latency": latency}[name](device))
-        print(f"{RESULTS / name}.json: complete", flush=True)
+def measure(name, device):
+    """Measure what is missing of the file called `name`; saves after each run and seed."""
+    rows = read(name)
+    if name == "features":
+        write(name, rows or features(device))
+        return
 
-
-def measure_runs(name, device):
-    """Complete one of RUNS. Rows of a file that are no longer asked for stay as they are."""
-    rows, asked = read(name), runs_of(name)
-    others = [row for other in RUNS for row in read(other)]  # a run may be part of several
-    for run in asked:
-        if not any(row["run"] == run for row in rows):
-            known = [row["results"] for row in others if row["run"] == run]  # not measured twice
-            rows.append(dict(run=run, results=known[0] if known else []))
-
-    missing = [(row, seed) for seed in SEEDS for row in rows
-               if row["run"] in asked and seed >= len(row["results"])]
-    for row, seed in tqdm(missing, desc=name, unit="run"):
+    # Rows that nobody asks for any more stay.
+    rows += [dict(run=run, results=[]) for run in runs_of(name) if not pick(rows, **run)]
+    missing = [(row, seed) for seed in SEEDS for row in rows if seed >= len(row["results"])]
+    for row, seed in tqdm(missing, desc=name):
         row["results"].append(figures(row["run"], seed, device))
-        write(name, [row for row in rows if row["results"]])  # so that nothing is lost
-    write(name, rows)
+        write(name, rows)
 
 
 def mean_and_spread(row, figure):
-    """Over the seeds: the mean, and the standard deviation of a single draw (0 of one seed)."""
-    values = [result[figure] for result in row["results"]]  # one for each seed
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Over the seeds: the mean, and the standard deviation of a single draw."""
+    values = np.array([result[figure] for result in row["results"]])  # one for each seed
+    return values.mean(), values.std(ddof=1)
 
 
 def show(rows, label):
@@ -252,19 +215,20 @@ def pick(rows, **wanted):
 
 
 def main():
-    names = (*RUNS, "features", "latency")
+    names = (*RUNS, "features")
     parser = border.command_line(__doc__)
-    parser.add_argument("what", choices=("train", "measure"))
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME",
-                        help=f"measure only some of {', '.join(names)}")
-    parser.add_argument("--out", default="miniature", help="for trainings (default: miniature)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    add = parser.add_argument
+    add("what", choices=("train", "measure"))
+    add("--only", nargs="+", choices=names, default=names, help="measure only some files")
+    add("--out", default="miniature", help="for trainings (default: miniature)")
+    add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     args = parser.parse_args()
     with border.one_line_errors():
         if args.what == "train":
             train(border.writable_folder(args.out))
         else:
-            measure(args.only, border.pick_device(args.device))
+            for name in args.only:
+                measure(name, border.pick_device(args.device))
 
 
 if __name__ == "__main__":

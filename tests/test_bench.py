@@ -46,7 +46,7 @@ def test_the_floor_counts_the_operations_that_decoding_makes(model, batch, steps
     for b, n, length, m in work_of_decoding(model, *batch[1:], steps):
         seen = sum(range(length - n + 1, length + 1))  # by each of the new tokens, itself included
         operations += 2 * b * (n * weights + m * d * V + layers * 2 * d * seen)
-    floor = bench.decoding_floor(model, len(batch[1]), steps, 4, rate=1.0, speed=math.inf)
+    floor = bench.decoding_floor(model, len(batch[1]), steps, rate=1.0, speed=math.inf)
     assert math.isclose(floor, operations, rel_tol=0.01)
 
 
@@ -56,8 +56,8 @@ def test_the_floor_reads_all_once_a_step_and_writes_new_keys_and_values(model, b
     weights = sum(p.numel() for p in model.layers.parameters()) + model.output.weight.numel()
     numbers = sum(weights + b * layers * 2 * d * (length + n)
                   for b, n, length, _ in work_of_decoding(model, *batch[1:], steps))
-    floor = bench.decoding_floor(model, len(batch[1]), steps, 2, rate=math.inf, speed=1.0)
-    assert floor == 2 * numbers
+    floor = bench.decoding_floor(model, len(batch[1]), steps, rate=math.inf, speed=1.0)
+    assert floor == 4 * numbers  # bytes of float32
 
 
 def test_cases_run_in_turn_until_the_time_is_up_and_the_first_round_does_not_count(monkeypatch):
@@ -91,14 +91,14 @@ def test_the_command_writes_every_figure_and_a_picture(run, tmp_path, monkeypatc
     monkeypatch.setattr(border, "can_compile", lambda device: False)
     run(f"studies/bench.py --batch-size 2 --seconds 0 --device cpu --out {tmp_path}/out")
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert [len(written[name]) for name in ("training", "sampling", "scaling")] == [1, 3 * 3, 4]
+    assert [len(written[name]) for name in ("training", "sampling")] == [1, 3 * 3]
     assert {row["steps"] for row in written["sampling"]} == {64, 22, 12}
     assert all(row["seconds"] > 0 and row["times_floor"] > 0 for row in written["sampling"])
-    assert [row["tokens"] for row in written["scaling"]] == [64, 256, 576, 1024]
-    kept = [row["kept_GB"] / row["tokens"] for row in written["scaling"]]
+    assert [row["tokens"] for row in written["sampling_by_tokens"]] == [64, 256, 576, 1024]
+    kept = [row["plain_kept_GB"] / row["tokens"] for row in written["training_by_tokens"]]
     assert max(kept) < 1.2 * min(kept)  # memory grows as the tokens do, not as their square
     assert "uncached" in capsys.readouterr().out
-    assert Image.open(tmp_path / "out" / "bench.png").size == (1430, 550)
+    assert Image.open(tmp_path / "out" / "bench.png").size == (1300, 500)
 
 
 # ------------------------------------------------------------------------------------------------

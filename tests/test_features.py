@@ -15,7 +15,7 @@ from PIL import Image
 from randar import load_randar, save_randar
 from studies import features
 from studies.features import correct, linear_probe, pck
-from support import border, pictures, toy
+from support import border, toy
 from tokenizer import load_tokenizer, save_tokenizer
 
 
@@ -54,12 +54,13 @@ def test_in_a_toy_pair_the_same_place_is_never_right():
     assert pck(right) == (0, 0)
 
 
-def write_spair(folder, points=((20, 10), (25, 17)), size=(40, 24)):
+def write_spair(folder):
     """A folder of SPair-71k's form: two categories, each with an image, paired with itself."""
     (folder / "PairAnnotation" / "test").mkdir(parents=True)
+    points = ((20, 10), (25, 17))
     for i, category in enumerate(("cat", "bus")):
         (folder / "JPEGImages" / category).mkdir(parents=True)
-        pixels = np.random.default_rng(i).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
+        pixels = np.random.default_rng(i).integers(256, size=(24, 40, 3), dtype=np.uint8)
         name = f"2008_{i}.jpg"
         Image.fromarray(pixels).save(folder / "JPEGImages" / category / name)
         pair = {"category": category, "src_imname": name, "trg_imname": name,
@@ -70,30 +71,11 @@ def write_spair(folder, points=((20, 10), (25, 17)), size=(40, 24)):
 
 
 def test_spair_points_are_middles_of_pixels_and_the_side_is_that_of_the_targets_box(tmp_path):
-    cat, bus = features.spair_pairs(write_spair(tmp_path))
+    paths = write_spair(tmp_path).glob("PairAnnotation/test/*.json")
+    cat, bus = map(features.spair_pair, sorted(paths))
     assert (cat.name, bus.name) == ("cat", "bus") and cat.side == 4
     assert cat.target_points.tolist() == [[20.5, 10.5], [25.5, 17.5]]
-    assert pictures.read_picture(bus.source).shape == (3, 24, 40)
-
-
-NO_POINTS = json.dumps({"category": "cat", "src_imname": "a", "trg_imname": "b", "src_kps": [],
-                        "trg_kps": [], "trg_bndbox": [0, 0, 1, 1]})
-
-
-@pytest.mark.parametrize("path, content, message", [
-    ("PairAnnotation", None, "give the folder of SPair-71k"),
-    ("JPEGImages/bus/2008_1.jpg", None, "2008_1.jpg is missing"),
-    ("PairAnnotation/test/x.json", "{", "x.json is no pair"),
-    ("PairAnnotation/test/x.json", "[]", "x.json is no pair"),
-    ("PairAnnotation/test/x.json", NO_POINTS, "x.json is no pair")])
-def test_a_damaged_spair_folder_is_named_before_work_starts(tmp_path, path, content, message):
-    path = write_spair(tmp_path) / path
-    if content is None:
-        path.rename(tmp_path / "elsewhere")
-    else:
-        path.write_text(content)
-    with pytest.raises(border.UserError, match=message):
-        features.spair_pairs(tmp_path)
+    assert bus.source.shape == (3, 24, 40)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -141,17 +123,15 @@ def test_spair_is_measured_in_pixels_of_the_original_picture(folder, run, capsys
 def test_a_row_for_each_layer_is_printed_and_all_are_drawn(folder, run, capsys):
     run("studies/features.py --ckpt randar.pt randar.pt --number 2 --order random --out table.jpg")
     said = capsys.readouterr().out
-    rows = [line.split() for line in said.splitlines() if line.split()[0].isdecimal()]
-    assert [row[0] for row in rows] == ["1", "2", "1", "2"] and {len(row) for row in rows} == {7}
+    rows = [line.split() for line in said.splitlines() if line.startswith("layer")]
+    assert [row[1] for row in rows] == ["1", "2", "1", "2"] and {len(row) for row in rows} == {8}
     assert said.count("randar.pt, random order") == 2 and Image.open("table.jpg").format == "JPEG"
-    assert said.count("has not learnt the toy world") == 2
 
 
 @pytest.mark.parametrize("line, message", [
-    ("--number 0", "--number"), ("--layer 3", "layer must be from 1"), ("--order spirl", "--order"),
-    ("--out pairs.txt", "ends in .png"), ("--data nowhere", "give the folder of SPair-71k"),
-    ("--ckpt no.pt", "no.pt"), ("--layer 1 --ckpt randar.pt randar.pt", "give one --ckpt"),
-    ("--device gpu", "cannot use device")])
+    ("--number 0", "--number"), ("--layer 3", "layer must be from 1"),
+    ("--out pairs.txt", "ends in .png"), ("--data nowhere", "give SPair-71k's folder"),
+    ("--layer 1 --ckpt randar.pt randar.pt", "give one --ckpt")])
 def test_a_mistake_is_one_line_and_nothing_is_written(folder, run, capsys, line, message):
     before = set(folder.iterdir())
     with pytest.raises(SystemExit) as stop:
@@ -159,11 +139,3 @@ def test_a_mistake_is_one_line_and_nothing_is_written(folder, run, capsys, line,
     said = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(said) == 1 and message in said[0]
     assert set(folder.iterdir()) == before
-
-
-def test_an_unreadable_picture_is_named(folder, run, capsys):
-    (folder / "SPair-71k" / "JPEGImages" / "bus" / "2008_1.jpg").write_text("no image")
-    with pytest.raises(SystemExit):
-        run("studies/features.py --ckpt randar.pt --data SPair-71k")
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "unreadable image SPair-71k/JPEGImages/bus/2008_1.jpg" in said

@@ -1,4 +1,4 @@
-"""Training for real: the recipe, stopped, killed and resumed, on many processes, what it reports."""
+"""Training for real: the recipe, stopped, killed and resumed, on many processes."""
 
 import json
 import math
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import SMALL, N, V, files_of, run_typed, small_model, small_tokenizer, typed, write_images
+from helpers import (SMALL, N, V, files_of, run_typed, small_model, small_tokenizer, typed,
+                     write_images)
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,7 +106,7 @@ def test_a_size_sets_the_papers_recipe_and_any_of_it_can_be_overridden(here, run
 
 def batch_of(step, part=slice(None), **changes):
     """A training batch of 64 made-up images: tokens, classes, orders, drop_class."""
-    folder = SimpleNamespace(grid=(4, 4), batch=lambda number, size, seed, part: ("tokens", "classes"))
+    folder = SimpleNamespace(grid=(4, 4), batch=lambda *_: ("tokens", "classes"))
     settings = dict(seed=0, batch_size=64, class_dropout=0.1, order="random", anneal=None, steps=4)
     return train.training_batch(folder, step, SimpleNamespace(**settings | changes), part)
 
@@ -116,17 +117,13 @@ def test_every_image_of_every_step_gets_an_order_of_its_own():
     assert len({tuple(row) for row in rows.tolist()}) == 3 * 64
 
 
-def test_raster_training_is_the_counterpart_of_the_paper():
-    assert (batch_of(0, order="raster")[2] == torch.arange(16)).all()
-
-
 def test_one_class_in_ten_is_hidden_in_training():
     hidden = torch.cat([batch_of(step)[3] for step in range(100)])
     assert abs(hidden.float().mean() - 0.1) < 0.015
 
 
 @pytest.mark.parametrize("order", ["raster", "spiral_in"])
-@pytest.mark.parametrize("step, share", [(0, 1), (1, 0.75), (3, 0.25)])
+@pytest.mark.parametrize("step, share", [(0, 1), (1, 0.75), (3, 0.25), (4, 0)])
 def test_annealing_shuffles_that_share_of_the_images_and_leaves_the_others_in_order(step, share,
         order):
     orders = batch_of(step, order=order, anneal=(0, 1), batch_size=1000)[2]
@@ -146,14 +143,6 @@ def test_the_parts_of_a_batch_make_up_the_whole(anneal):
 
 # --------------------------------------------------------------------------------------------------
 # What a step costs
-
-
-def test_the_operations_of_a_training_step_are_counted_as_they_happen():
-    """By hand for the model of the tests, whose layers have 4 d^2 + 3 d h weights in their matrices."""
-    model, n, d, h, layers, v = small_model(), 16, 32, 256, 2, 32
-    in_matrices = layers * (4 * d * d + 3 * d * h) * 2 * n + d * v * n
-    in_attention = layers * d * sum(range(2 * n)) * 2  # each of the 2 n tokens: those before it, twice
-    assert math.isclose(train.training_flops(model), 6 * (in_matrices + in_attention), rel_tol=0.02)
 
 
 def small(kind):
@@ -365,8 +354,9 @@ def same_training(a, b):
     a, b = border.load(f"{a}/training.pt"), border.load(f"{b}/training.pt")
     for name, x in a["model"].items():
         assert torch.equal(x, b["model"][name])
+    theirs = b["optimizer"]["state"]
     for number, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(x, b["optimizer"]["state"][number][name]) for name, x in state.items())
+        assert all(torch.equal(x, theirs[number][name]) for name, x in state.items())
     numbers = ("step", "loss", "held_out_loss", "learning_rate")
     lines = [[[line.get(name) for name in numbers] for line in x["log"]] for x in (a, b)]
     return lines[0] == lines[1] and a["step"] == b["step"]
@@ -378,7 +368,8 @@ def test_ctrl_c_saves_and_the_resumed_training_of_the_toy_world_is_the_same(here
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         stop_in_step(patch, 2, signal.SIGINT)
         run(f"train.py --size tiny --steps 4 {SMALL} --out stopped")  # with no --data
-    assert "saved step 2; to go on: python train.py --resume --out stopped" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "saved step 2; to go on: python train.py --resume --out stopped" in said
     assert border.load("stopped/training.pt")["step"] == 2
     run("train.py --resume --out stopped")
     run(f"{TRAIN} --data stopped/tokens --steps 4 --out straight")
@@ -386,11 +377,13 @@ def test_ctrl_c_saves_and_the_resumed_training_of_the_toy_world_is_the_same(here
     assert load_randar("stopped/randar.pt").class_names == toy.CLASSES
 
 
-@pytest.mark.parametrize("stopped_after", [1, 2, 3, 4, 5])
-def test_stopped_after_any_step_the_log_goes_on_as_if_nothing_had_happened(here, run, no_pictures,
-        monkeypatch, stopped_after):
+@pytest.mark.parametrize("options, stopped_after", [
+    ("", 1), ("", 2), ("", 3), ("--dropout 0.1", 4), ("--checkpoint-activations", 5),
+    ("--model rar --size toy --anneal 0 0.9 --dropout 0.1", 2), ("--position merge", 2)])
+def test_stopped_after_any_step_it_goes_on_as_if_nothing_had_happened(
+        here, run, no_pictures, monkeypatch, options, stopped_after):
     """A line of the log is the mean of three steps; each must be right, wherever the stop came."""
-    line = f"{TRAIN} --steps 6 --report 3"
+    line = f"{TRAIN} --steps 6 --report 3 {options}"
     run(f"{line} --out straight")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_in_step(patch, stopped_after)
@@ -400,20 +393,8 @@ def test_stopped_after_any_step_the_log_goes_on_as_if_nothing_had_happened(here,
     assert same_training("stopped", "straight")
 
 
-@pytest.mark.parametrize("options", ["--model rar --size toy --anneal 0 0.9", "--position merge"])
-def test_the_models_of_rar_are_resumed_to_the_last_bit_as_well(here, run, no_pictures, monkeypatch,
-                                                               options):
-    line = f"{TRAIN} {options} --steps 4 --dropout 0.1"
-    run(f"{line} --out straight")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        stop_in_step(patch, 2)
-        run(f"{line} --out stopped")
-    run("train.py --resume --out stopped")
-    assert same_training("stopped", "straight")
-
-
 def started(line, folder, after=0.0):
-    """A training in a new process, as soon as it has written a checkpoint, and `after` more seconds."""
+    """A training in a new process, once it has written a checkpoint, and `after` more seconds."""
     state = folder / line.split("--out ")[1] / "training.pt"
     before = state.stat().st_mtime_ns if state.exists() else None
     process, end = subprocess.Popen(**typed(line, folder)), time.time() + 90
@@ -505,24 +486,20 @@ MISTAKES = {
     "--data photos": "python tokenizer.py encode --images photos --out tokens --tokenizer "
                      "vq_ds16_c2i.pt, then add --data tokens",
     "--size L": "--size L needs tokens of your images: python tokenizer.py encode",
-    "--model rar --size B": "--size B needs tokens",
     "--data nowhere": "nowhere is no token folder",
     "--data tokens --tokenizer nowhere.pt": "no checkpoint at nowhere.pt",
     "--data tokens --tokenizer other_tok.pt": "31 codes, .* made with 32: give --tokenizer",
-    "--tokenizer nowhere.pt": "no checkpoint at nowhere.pt",
     "--data tokens --size M": "'M' .*choose from",
     "--data tokens --size B": "--model randar has the sizes tiny, toy, L, XL, XXL",
     "--data tokens --model rar --position dense": "RandAR alone has a --position",
     "--data tokens --steps 0": "--steps: expected a whole number of at least 1, not '0'",
-    "--data tokens --learning-rate nan": "--learning-rate: expected a number above 0",
-    "--data tokens --dropout 1": "--dropout: expected a number from 0 to below 1",
     "--data tokens --anneal 0.7 0.3": "0 <= START <= END <= 1",
     "--data tokens --out tok.pt/new": "cannot write into tok.pt/new .*--out",
     "--data tokens --device nonsense": "cannot use device 'nonsense' .*: try --device cpu",
     "--data tokens --out trained": "trained holds a training: add --resume",
     "--resume --out nowhere": "no checkpoint at nowhere/training.pt",
     "--resume --out trained": "trained holds 1 steps already: ask for more with --steps",
-    "--resume --out trained --steps 2 --batch-size 8": "trained holds another training: leave --size",
+    "--resume --out trained --steps 2 --batch-size 8": "another training: leave --size",
     "--resume --out trained --steps 2 --position dense": "trained holds another training",
     "--resume --out trained --steps 2 --size toy": "trained holds another training",
     "--resume --out weights --steps 2 --data tokens --size tiny": "weights holds another training",
@@ -542,7 +519,8 @@ def test_a_mistake_is_one_line_with_exit_code_two_and_no_trace(here, run, no_pic
     with pytest.raises(SystemExit, match="2"):
         run(f"train.py {options}")
     out, errors = capsys.readouterr()
-    assert out == "" and len(errors.splitlines()) == 1 and re.search(MISTAKES[options], errors), errors
+    assert out == "" and len(errors.splitlines()) == 1
+    assert re.search(MISTAKES[options], errors), errors
     assert files_of(here) == before
 
 
