@@ -27,19 +27,11 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from randar import generation_order, grid_angles, rotary_angles
-from sample import (add_decoding_flags, add_model_flags, decoding_options, decoding_precision,
-                    load_models, say_verdict)
+from sample import (SHOWN, add_decoding_flags, add_model_flags, decoding_options,
+                    decoding_precision, load_models, say_verdict)
 from support import border, checks, pictures, toy
 from support.border import UserError
-from support.classes import names_of_classes, parse_classes, spread_classes
-
-
-def need_kind(model, what, *kinds):
-    """Raises UserError where the model is of none of these kinds (rar.KINDS)."""
-    if model.kind not in kinds:
-        raise UserError(f"{what} takes a model of the kind {' or '.join(kinds)}, this one is of "
-                        f"the kind {model.kind!r}")
-
+from support.classes import names_of_classes, parse_classes
 
 # ------------------------------------------------------------------------------------------------
 # The one move: what is known comes first
@@ -63,17 +55,11 @@ def complete(model, tokens, missing, classes, grid, angles=None, order=None, ste
     steps: None is the paper's schedule for as many tokens as are missing.
     options: cfg, scg, power, temperature, top_k, top_p, generator, as RandAR.decode takes them.
     """
-    b, num_tokens = len(tokens), math.prod(grid)
-    checks.check_shapes(tokens=(tokens, [b, num_tokens]), missing=(missing, [b, num_tokens]))
-    if tuple(grid) != tuple(model.config.grid):
-        need_kind(model, "another grid than that of training", "rope")
-        angles = grid_angles(grid, model.head_dim, tokens.device) if angles is None else angles
-
-    # A batch takes its steps together, so n must be one number.
-    n = int(missing[0].sum())
+    own = angles_of(model, grid, tokens.device)
+    angles = own if angles is None else angles
+    b, n = len(tokens), int(missing[0].sum())  # a batch takes its steps together: n is one number
     if (missing.sum(dim=1) != n).any():
-        raise UserError("images of a batch must miss equally many tokens: give one mask for all, "
-                        "or one image at a time")
+        raise UserError("images of a batch must miss equally many tokens: give one mask for all")
     order = model.order if order is None else order
     if isinstance(order, str):  # drawn as `decode` does: with all missing, this is generation
         order = generation_order(order, b, grid, options.get("generator"), tokens.device)
@@ -81,9 +67,19 @@ def complete(model, tokens, missing, classes, grid, angles=None, order=None, ste
     # The order falls into two, what is missing and what is known; in both all keep their turns.
     asked = missing.gather(1, order)  # [b, N] bool, in turns
     wanted = order[asked].view(b, n)  # positions to decode
-    given = order[~asked].view(b, num_tokens - n)  # positions that come first
+    given = order[~asked].view(b, math.prod(grid) - n)  # positions that come first
     known = (given, tokens.gather(1, given))
     return model.generate(classes, wanted, steps, known=known, angles=angles, **options)
+
+
+def angles_of(model, grid, device=None):
+    """The angles of a grid other than that of training, [N, D / 2]; None for that of training."""
+    if tuple(grid) == tuple(model.config.grid):
+        return None
+    if model.kind != "rope":  # the others have learned a vector for each position
+        raise UserError("another grid than that of training takes a model of the kind rope, this "
+                        f"one is of the kind {model.kind!r}")
+    return grid_angles(grid, model.head_dim, device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -107,9 +103,9 @@ def inpaint(model, tokenizer, images, mask, classes, paste=False, **options):
 
     An empty mask gives the tokenizer's reconstruction; a full one what RandAR.generate gives.
     """
-    missing = missing_tokens(images, mask, tokenizer)  # [b, h, w]
-    tokens, grid = tokenizer.encode(images), missing.shape[1:]  # [b, h * w]; h and w
-    tokens = complete(model, tokens, missing.flatten(1), classes, grid, **options)
+    tokens, grid = tokenizer.encode(images), token_grid(images, tokenizer)  # [b, h * w]; h and w
+    missing = missing_tokens(images, mask, tokenizer).flatten(1)  # [b, h * w]
+    tokens = complete(model, tokens, missing, classes, grid, **options)
     redone = tokenizer.decode(tokens, grid)
     if paste:
         redone = torch.where(mask.expand(len(images), -1, -1)[:, None], redone, images)
@@ -118,23 +114,16 @@ def inpaint(model, tokenizer, images, mask, classes, paste=False, **options):
 
 def missing_tokens(images, mask, tokenizer):
     """Which tokens of images [b, 3, H, W] a mask, bool [(b,) H, W], covers: bool [b, h, w]."""
-    b, (height, width), f = len(images), images.shape[-2:], tokenizer.config.downsampling
-    token_grid(images, tokenizer)
-    if mask.dtype != torch.bool or mask.shape not in ((height, width), (b, height, width)):
-        raise UserError(f"the mask, {mask.dtype} {list(mask.shape)}, does not fit: give a bool one "
-                        f"of the image's size, {height} x {width} pixels (height x width)")
-    return F.max_pool2d(mask.expand(b, -1, -1).float(), f) > 0  # any pixel of a token is enough
+    b, _, height, width = images.shape
+    masks = mask.expand(b, -1, -1)
+    checks.check_shapes(masks=(masks, [b, height, width]))
+    return F.max_pool2d(masks.float(), tokenizer.config.downsampling) > 0  # any pixel is enough
 
 
 def token_grid(images, tokenizer):
-    """The grid (h, w) of tokens that images [b, 3, H, W] become. UserError if they do not fit."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"expected images [b, 3, H, W], got {list(images.shape)}")
-    (height, width), f = images.shape[2:], tokenizer.config.downsampling  # f: pixels a token
-    if min(height, width) < f or height % f or width % f:
-        raise UserError(f"the image is {height} x {width} pixels (height x width), not multiples "
-                        f"of {f}: crop it to {height // f * f} x {width // f * f}")
-    return height // f, width // f
+    """The grid (h, w) of tokens that images [b, 3, H, W] become."""
+    f = tokenizer.config.downsampling  # pixels a token
+    return images.shape[2] // f, images.shape[3] // f
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,11 +140,9 @@ def place_image(images, tokenizer, grid, corner):
     if not (0 <= top <= height - h and 0 <= left <= width - w):
         raise UserError(f"an image of {h} x {w} tokens, its corner at {top}, {left}, does not fit "
                         f"into a grid of {height} x {width}")
-    tokens = torch.zeros(len(images), height, width, dtype=torch.int64, device=images.device)
-    missing = torch.ones_like(tokens, dtype=torch.bool)
-    tokens[:, top : top + h, left : left + w] = tokenizer.encode(images).view(-1, h, w)
-    missing[:, top : top + h, left : left + w] = False
-    return tokens, missing
+    known = tokenizer.encode(images).view(-1, h, w)
+    tokens = F.pad(known, (left, width - left - w, top, height - top - h), value=-1)
+    return tokens, tokens < 0
 
 
 def outpainting_angles(grid, corner, trained, head_dim, device=None):
@@ -180,10 +167,9 @@ def outpaint(model, tokenizer, images, grid, classes, corner=(0, 0), **options):
         come out as they are. grid: (H, W), tokens of the result, at least (h, w). corner: (row,
         column) of the image's first token in it. classes, options: as for `complete`.
     """
-    need_kind(model, "outpainting", "rope")
     tokens, missing = place_image(images, tokenizer, grid, corner)
     angles = outpainting_angles(grid, corner, model.config.grid, model.head_dim, tokens.device)
-    tokens, missing = tokens.flatten(1), missing.flatten(1)
+    tokens, missing = tokens.flatten(1), missing.flatten(1)  # [b, H * W]
     tokens = complete(model, tokens, missing, classes, grid, angles, **options)
     return tokenizer.decode(tokens, grid), tokens
 
@@ -194,7 +180,6 @@ def outpaint_by_windows(model, tokenizer, images, grid, classes, corner=(0, 0), 
 
     Nothing is extrapolated, but what has left the window is forgotten. All else as for outpaint.
     """
-    need_kind(model, "outpainting", "rope")
     tokens, missing = place_image(images, tokenizer, grid, corner)
     h, w = min(grid[0], model.config.grid[0]), min(grid[1], model.config.grid[1])
 
@@ -244,9 +229,6 @@ def extrapolation_angles(grid, factor, frequencies, head_dim, device=None):
     frequencies: so many of the highest of each axis are extrapolated, pos; the others are
     interpolated, pos / factor. 0 interpolates all, head_dim / 4 extrapolates all.
     """
-    if factor not in range(1, 1000) or frequencies not in range(head_dim // 4 + 1):
-        raise UserError("the factor must be a whole number from 1 on and frequencies one from 0 to "
-                        f"{head_dim // 4}, as many as an axis has, not {factor} and {frequencies}")
     width = factor * grid[1]
     positions = torch.arange(factor * grid[0] * width, device=device)
     rows, columns = (positions // width).float(), (positions % width).float()
@@ -259,33 +241,29 @@ def extrapolation_angles(grid, factor, frequencies, head_dim, device=None):
 
 
 @torch.no_grad()
-def extrapolate(model, tokenizer, classes, factor=2, hierarchical=True, frequencies=2, order=None,
-                steps=-1, cfg=(3.0, 3.0), scg=2.5, **sampling):
+def extrapolate(model, tokenizer, classes, factor=2, hierarchical=True, frequencies=2, scg=2.5,
+                steps=-1, cfg=(3.0, 3.0), **sampling):
     """New images of `factor` times the resolution of training: (images, tokens [b, factor^2 N]).
 
     classes: int64 [b], model.null_class for none. Each part can be switched off, as in Fig. 6:
     hierarchical=False decodes all tokens in one go, frequencies=0 interpolates all angles, scg=1 is
-    no spatial contextual guidance. order, by name, and steps are those of both decodings. sampling:
-    temperature, top_k, top_p, power, generator. Images are float [b, 3, H, W] in [-1, 1].
+    no spatial contextual guidance. steps are those of both decodings, and so is sampling: order,
+    by name, temperature, generator, ... Images are float [b, 3, H, W] in [-1, 1].
     """
-    need_kind(model, "resolution extrapolation", "rope")
-    (h, w), order, device = model.config.grid, order or model.order, classes.device
+    (h, w), sampling = model.config.grid, dict(steps=steps, cfg=cfg) | sampling
+    large = (factor * h, factor * w)
+    angles = extrapolation_angles((h, w), factor, frequencies, model.head_dim, classes.device)
+    tokens = torch.full((len(classes), *large), -1, device=classes.device)  # -1: missing
 
-    # Two tables of angles, and a large grid of which nothing is known yet.
-    interpolated = extrapolation_angles((h, w), factor, 0, model.head_dim, device)
-    mixed = extrapolation_angles((h, w), factor, frequencies, model.head_dim, device)
-    tokens = torch.full((len(classes), len(mixed)), -1, device=device)  # -1: missing
-    sampling |= dict(steps=steps, cfg=cfg)
-
-    if hierarchical:  # the first part; without SCG, for there is no context yet
-        turns = generation_order(order, len(classes), (h, w), sampling.get("generator"), device)
-        rows, columns = factor * (turns // w), factor * (turns % w)  # on the large grid: [b, h * w]
-        positions = rows * factor * w + columns
-        tokens = model.generate(classes, positions, angles=interpolated, **sampling)
+    # The first part is plain generation, for its angles are those of training; there is no SCG yet,
+    # for there is no context.
+    if hierarchical:
+        first = model.generate(classes, **sampling)  # [b, h * w]
+        tokens[:, ::factor, ::factor] = first.view(-1, h, w)
 
     # The rest; or everything, in one go.
-    large = (factor * h, factor * w)
-    tokens = complete(model, tokens, tokens < 0, classes, large, mixed, order, scg=scg, **sampling)
+    tokens = tokens.flatten(1)  # [b, factor^2 N]
+    tokens = complete(model, tokens, tokens < 0, classes, large, angles, scg=scg, **sampling)
     return tokenizer.decode(tokens, large), tokens
 
 
@@ -304,21 +282,15 @@ def extrapolate(model, tokenizer, classes, factor=2, hierarchical=True, frequenc
 
 def prepare(model, tokens, classes, order, generator, grid):
     """For the functions below: x [b, 1 + 2 N, d], its cos_sin, and each position's turn, [b, N]."""
-    need_kind(model, "reading features or attention", "rope", "dense")
-    grid, order = tuple(grid or model.config.grid), model.order if order is None else order
-    if grid != tuple(model.config.grid):
-        need_kind(model, "another grid than that of training", "rope")
+    if not model.decodes_in_parallel:
+        raise UserError("features and attention are read at position instruction tokens: a model "
+                        f"of the kind {model.kind!r} has none of their own, give one of rope")
+    grid, order = grid or model.config.grid, model.order if order is None else order
     if isinstance(order, str):
         order = generation_order(order, len(tokens), grid, generator, tokens.device)
     if classes is None:
         classes = torch.full_like(tokens[:, 0], model.null_class)
-
-    # Values out of range would end in a crash on a GPU, far from here.
-    shape = [len(tokens), math.prod(grid)]
-    checks.check_shapes(tokens=(tokens, shape), classes=(classes, shape[:1]), order=(order, shape))
-    checks.check_values("tokens", tokens, model.config.vocab_size)
-    checks.check_values("classes", classes, model.null_class + 1)
-    angles = grid_angles(grid, model.head_dim, tokens.device)  # [N, D / 2]
+    angles = angles_of(model, grid, tokens.device)
     return *model.sequence(tokens, classes, order, angles), order.argsort(dim=1)
 
 
@@ -332,9 +304,6 @@ def features_by_layer(model, tokens, classes=None, rounds=2, order=None, generat
 
     Features are hidden states as the layer leaves them; none is computed before it is asked for.
     """
-    if rounds < 1:
-        raise UserError(f"rounds must be at least 1, not {rounds}")
-
     # Rounds have the same angles: x_1 of the second stands in the image where the first one does.
     x, cos_sin, turns = prepare(model, tokens, classes, order, generator, grid)
     x = torch.cat([x[:, :1], x[:, 1:].repeat(1, rounds, 1)], dim=1)  # the class comes once
@@ -353,9 +322,10 @@ def encode_features(model, tokens, classes=None, rounds=2, layer=None, **options
     layer: after which one, 1 to n_layer; None: at two thirds of the depth (24 of 36 was best in the
     paper). options: order, generator, grid; these and all else as in features_by_layer.
     """
-    layer = checked_layer(model, layer)
     layers = features_by_layer(model, tokens, classes, rounds, **options)
-    return next(itertools.islice(layers, layer - 1, None))[:, -1]
+    for _, features in zip(range(checked_layer(model, layer)), layers):
+        pass  # later layers are never computed
+    return features[:, -1]
 
 
 def checked_layer(model, layer):
@@ -399,12 +369,9 @@ def nearest_points(source, target, points, source_size, target_size):
 def tokens_of(images, tokenizer, grid):
     """Pictures [3, H, W] of any size -> tokens [b, N]; stretched, for to crop would lose points."""
     size = [side * tokenizer.config.downsampling for side in grid]
-    fitting = []
-    for image in images:
-        if list(image.shape[1:]) != size:
-            image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
-        fitting.append(image)
-    return tokenizer.encode(torch.stack(fitting).to(next(tokenizer.parameters()).device))
+    fitting = [F.interpolate(image[None], size, mode="bicubic", antialias=True) for image in images]
+    device = next(tokenizer.parameters()).device
+    return tokenizer.encode(torch.cat(fitting).clamp(-1, 1).to(device))  # bicubic may overshoot
 
 
 def correspond(model, tokenizer, source, target, points, **options):
@@ -414,17 +381,9 @@ def correspond(model, tokenizer, source, target, points, **options):
     [k, 2], (x, y) in pixels of the source; the answer is in pixels of the target. options: rounds,
     layer, order, ... as encode_features takes them.
     """
-    if source.shape[:-2] != (3,) or target.shape[:-2] != (3,) or points.shape[1:] != (2,):
-        raise UserError("expected two pictures [3, H, W] and points [k, 2], got the shapes "
-                        f"{list(source.shape)}, {list(target.shape)} and {list(points.shape)}")
-    height, width = source.shape[1:]
-    if ((points < 0) | (points > points.new_tensor([width, height]))).any():
-        raise UserError(f"points must lie in the picture: x from 0 to {width}, y to {height}")
-
-    # Both pictures become tokens, then vectors, as one batch.
     grid = tuple(options.get("grid") or model.config.grid)
     features = encode_features(model, tokens_of([source, target], tokenizer, grid), **options)
-    features = features.unflatten(1, grid)  # [2, h, w, d]
+    features = features.unflatten(1, grid)  # of both pictures, one batch: [2, h, w, d]
     return nearest_points(features[0], features[1], points, source.shape[1:], target.shape[1:])
 
 
@@ -441,15 +400,12 @@ def attention_maps(model, tokens, layer, head, classes=None, order=None, generat
     is a picture [h, w]: how much the token at that position (raster order) looks at each other one.
     A kind is 0 for position instruction tokens, 1 for image tokens. The class sees itself only.
     """
-    layer = checked_layer(model, layer)
-    if not 0 <= head < model.config.n_head:
-        raise UserError(f"head must be from 0 to {model.config.n_head - 1}, not {head}")
     x, cos_sin, turns = prepare(model, tokens, classes, order, generator, grid)
-    for block in model.layers[: layer - 1]:
-        x = block(x, cos_sin)
+    *before, block = model.layers[: checked_layer(model, layer)]
+    for earlier in before:
+        x = earlier(x, cos_sin)
 
     # Computed anew: fused attention, which the model uses, never holds these weights.
-    block = model.layers[layer - 1]
     q, k, _ = block.attention.queries_keys_values(block.attention_norm(x), cos_sin)
     scores = q[:, head] @ k[:, head].mT / math.sqrt(model.head_dim)  # [b, 1 + 2 N, 1 + 2 N]
     later = torch.ones(scores.shape[1:], dtype=torch.bool, device=x.device).triu(1)
@@ -464,23 +420,14 @@ def attention_maps(model, tokens, layer, head, classes=None, order=None, generat
 
 
 # ------------------------------------------------------------------------------------------------
-# The commands: each writes one picture, with a row for what is known and one for each result
+# The commands. Each yields the rows of a picture: a label, images [n, 3, H, W], and the classes
+# that the judge of the toy world is to see in them, int64 [n], or None.
 
 EXAMPLES = 10**6  # the seed of the toy pictures to start from, none of which training has seen
 GREY = pictures.UNDECODED / 127.5 - 1  # of what is not known, in [-1, 1]
 
 
-def start(args):
-    """(model, tokenizer, names of the classes, device), with the place for the picture checked."""
-    pictures.picture_format(args.out)
-    device = border.pick_device(args.device)
-    model, tokenizer = load_models(args.ckpt, args.tokenizer, device)
-    border.writable_folder(pathlib.Path(args.out).parent)
-    names = names_of_classes(model.class_names, model.config.num_classes)
-    return model.to(decoding_precision(device)), tokenizer, names, device
-
-
-def inputs(args, model, tokenizer, device, number):
+def inputs(args, model, tokenizer, number):
     """(images [b, 3, H, W], classes [b]): --image, which has no class, or `number` toy pictures."""
     if args.image:
         images, classes = pictures.read_picture(args.image)[None], torch.tensor([model.null_class])
@@ -492,199 +439,173 @@ def inputs(args, model, tokenizer, device, number):
     # A photograph from a camera would take hours and all of the memory, for nothing.
     if math.prod(token_grid(images, tokenizer)) > 16 * math.prod(model.config.grid):
         raise UserError(f"{args.image} has over 16 times the tokens of training: reduce it")
-    return images.to(device), classes.to(device)
+    return images.to(args.device), classes.to(args.device)
 
 
-def seeds(args, device):
-    """The seed of each result, and a generator; with a progress bar."""
-    for seed in tqdm(range(args.seed, args.seed + args.number), unit=" seeds", delay=1):
-        yield seed, torch.Generator(device).manual_seed(seed)
+def seeds(args):
+    """The seed of each result, and its generator."""
+    for seed in range(args.seed, args.seed + args.number):
+        yield seed, torch.Generator(args.device).manual_seed(seed)
 
 
-def write_picture(rows, title, args, class_given=True):
-    """rows: {label: images [n, 3, H, W]}, all of one size; small ones are enlarged."""
-    pixels = np.concatenate([pictures.to_uint8(images) for images in rows.values()])
-    zoom = max(1, 128 // min(pixels.shape[1:3]))  # the toy world's have 32 x 32 pixels
-    pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
-    if "cfg" in args and class_given:  # without a class, there is nothing to guide to
-        title += f", cfg {args.cfg[0]:g} to {args.cfg[1]:g}, scg {args.scg:g}"
-    pictures.save_picture(pictures.picture_grid(pixels, list(rows), title), args.out)
-    print(f"wrote {args.out}; {title}")
+def inpaint_command(args, model, tokenizer, names):
+    """Redo the middle of pictures, or what a mask covers; with --classes as others."""
+    images, own = inputs(args, model, tokenizer, number=8)
+    height, width = images.shape[2:]
+    top, left = height // args.margin, width // args.margin
+    mask = torch.zeros(height, width, dtype=torch.bool, device=args.device)
+    mask[top : height - top, left : width - left] = True
+    if args.mask:
+        mask = pictures.read_picture(args.mask).mean(0).to(args.device) > 0  # brighter than grey
 
+    missing = missing_tokens(images, mask, tokenizer)[:, None]  # [b, 1, h, w]
+    yield "input", images, None
+    hidden = F.interpolate(missing.float(), (height, width)) > 0
+    yield "known", images.masked_fill(hidden, GREY), None
 
-def inpaint_command(args):
-    """Redo a part of pictures: as their own classes or, for `edit`, as others."""
-    model, tokenizer, names, device = start(args)
-    images, own = inputs(args, model, tokenizer, device, 8)
-
-    # The classes asked for: for `edit` three of all, otherwise those that the pictures have.
-    wanted, labels, share = {"": own}, [], 4
-    if args.command == "edit":
-        labels, share = spread_classes(range(len(names)), rows=3, columns=1).tolist(), 8
+    wanted = {"seed": own}
     if args.classes:
         labels = parse_classes(args.classes, names)
-    if labels:
-        wanted = {f"{names[label][0]}, ": torch.full_like(own, label) for label in labels}
-
-    # The mask: the middle, without a quarter (or an eighth) of the picture on each side.
-    top, left = images.shape[2] // share, images.shape[3] // share
-    middle = torch.ones_like(images[0, 0, 2 * top :, 2 * left :])
-    mask = F.pad(middle, (left, left, top, top)) > 0  # bool [H, W]
-    if args.mask:
-        mask = pictures.read_picture(args.mask).mean(0).to(device) > 0  # brighter than middle grey
-    missing = missing_tokens(images, mask, tokenizer)[:1]  # [1, h, w], of every image
-    hidden = F.interpolate(missing[None].float(), size=images.shape[2:]) > 0  # [1, 1, H, W]
-
-    # All seeds, all classes; what the judge says of them comes last.
-    rows, asked = {"input": images, "known": torch.where(hidden, GREY, images)}, {}
-    for seed, generator in seeds(args, device):
+        wanted = {f"{names[label][0]}, seed": torch.full_like(own, label) for label in labels}
+    for seed, generator in seeds(args):
         for name, classes in wanted.items():
-            row = f"{name}seed {seed}"
-            rows[row], _ = inpaint(model, tokenizer, images, mask, classes, args.paste,
-                                   generator=generator, **decoding_options(args))
-            asked[row] = classes
-    class_given = bool((classes < model.null_class).any())
-    write_picture(rows, f"{missing.sum()} of {missing.numel()} tokens redone", args, class_given)
-    for row, classes in asked.items():
-        say_verdict(row, rows[row], classes, model.class_names)
+            redone, _ = inpaint(model, tokenizer, images, mask, classes, args.paste,
+                                generator=generator, **decoding_options(args))
+            yield f"{name} {seed}", redone, classes
 
 
-def outpaint_command(args):
+def outpaint_command(args, model, tokenizer, names):
     """Continue pictures beyond their borders, and do the same with a sliding window."""
-    model, tokenizer, names, device = start(args)
-    images, classes = inputs(args, model, tokenizer, device, 5)
+    images, classes = inputs(args, model, tokenizer, number=5)
+    label = parse_classes(args.classes, names)[0] if args.classes else model.null_class
+    classes = torch.full_like(classes, label)
+    h, w = token_grid(images, tokenizer)
+    grid = args.grid or (h, w + w // 2)
+    corner = args.corner or ((grid[0] - h) // 2, (grid[1] - w) // 2)  # in the middle
 
-    # Where the picture is in the larger one: in the middle.
-    (h, w), f = token_grid(images, tokenizer), tokenizer.config.downsampling
-    grid = tuple(args.grid or (h, w + w // 2))
-    top, left = args.corner or ((grid[0] - h) // 2, (grid[1] - w) // 2)
-    classes[:] = parse_classes(args.classes, names)[0] if args.classes else model.null_class
-
-    # Our way, then the baseline. Their first row is filled in when the size of results is known.
-    rows = {"known": None}
-    for name, function in (("", outpaint), ("sliding window, ", outpaint_by_windows)):
-        for seed, generator in seeds(args, device):
-            results, _ = function(model, tokenizer, images, grid, classes, (top, left),
+    for name, function in (("outpaint", outpaint), ("sliding window", outpaint_by_windows)):
+        for seed, generator in seeds(args):
+            results, _ = function(model, tokenizer, images, grid, classes, corner,
                                   generator=generator, **decoding_options(args))
-            rows[f"{name}seed {seed}"] = results
-    rows["known"] = torch.full_like(results, GREY)  # [b, 3, f * grid[0], f * grid[1]]
-    rows["known"][:, :, f * top : f * (top + h), f * left : f * (left + w)] = images
-    title = f"{h} x {w} tokens become {grid[0]} x {grid[1]}"
-    write_picture(rows, title, args, class_given=bool(args.classes))
+            yield f"{name}, seed {seed}", results, None
 
 
-def extrapolate_command(args):
+def extrapolate_command(args, model, tokenizer, names):
     """More tokens than in training; one part of the method after the other, as in Fig. 6."""
-    model, tokenizer, names, device = start(args)
-    chosen = parse_classes(args.classes, names) if args.classes else range(min(10, len(names)))
-    classes = torch.tensor([chosen[i % len(chosen)] for i in range(args.number)], device=device)
+    chosen = parse_classes(args.classes, names) if args.classes else range(len(names))
+    classes = [chosen[i % len(chosen)] for i in range(args.number)]
+    classes = torch.tensor(classes, device=args.device)
 
     # What differs from the whole method, in the order of the paper's argument.
     variants = {
+        "step 1": dict(factor=1),
         "naive": dict(hierarchical=False, frequencies=0, scg=1.0),
         "+ hierarchical order": dict(frequencies=0, scg=1.0),
         "+ frequency mix": dict(scg=1.0),
         "+ SCG": dict(),
         "all but the mix": dict(frequencies=0),
     }
-    rows, f, (h, w) = {"step 1": None}, args.factor, model.config.grid
-    extrapolation_angles((h, w), f, args.frequencies, model.head_dim)  # a UserError, or nothing
-    for row, changes in tqdm(variants.items(), unit=" variants", delay=1):
-        options = dict(factor=f, frequencies=args.frequencies) | decoding_options(args) | changes
-        generator = torch.Generator(device).manual_seed(args.seed)
-        rows[row], tokens = extrapolate(model, tokenizer, classes, generator=generator, **options)
-
-    # The first part itself, enlarged with hard edges.
-    coarse = tokens.view(-1, f * h, f * w)[:, ::f, ::f].flatten(1)  # all but the first share it
-    rows["step 1"] = F.interpolate(tokenizer.decode(coarse, (h, w)), scale_factor=f)
-    shown = {row: images[:10] for row, images in rows.items()}
-    write_picture(shown, f"{f * h} x {f * w} tokens", args)
-    for row, images in rows.items():
-        say_verdict(row, F.avg_pool2d(images, f), classes, model.class_names)
+    whole = dict(factor=args.factor, frequencies=args.frequencies) | decoding_options(args)
+    for row, changes in variants.items():
+        options, generator = whole | changes, torch.Generator(args.device).manual_seed(args.seed)
+        images, _ = extrapolate(model, tokenizer, classes, generator=generator, **options)
+        enlarged = F.interpolate(images, scale_factor=args.factor // options["factor"])  # step 1
+        yield row, enlarged, classes
 
 
-def correspond_command(args):
-    """Find the parts of toy objects on others of their class, with one round and with two."""
-    model, tokenizer, _, device = start(args)
+def correspond_command(args, model, tokenizer, names):
+    """Find the parts of toy objects on others of their class."""
     if model.class_names != toy.CLASSES:
         raise UserError(f"{args.ckpt} does not know the toy world: give pictures to python -m "
                         "studies.features, --data DIR")
-
-    # Pairs of one class: what is asked for in the one is known in the other.
-    rows = {name: [] for name in ("asked for", "round 1", "round 2", "right")}
+    asked, found = [], []
     for i in range(args.number):
         rng, label = np.random.default_rng([EXAMPLES, args.seed, i]), i % len(toy.CLASSES)
-        (source, asked), (target, right) = toy.draw(label, rng), toy.draw(label, rng)
-        images, points = pictures.from_uint8(np.stack([source, target])), list(asked.values())
-        rows["asked for"].append(with_dots(source, points))
-        rows["right"].append(with_dots(target, [right[name] for name in asked]))
-
-        # Both rounds read in the same order.
-        for rounds in (1, 2):
-            generator = torch.Generator(device).manual_seed(args.seed)
-            found = correspond(model, tokenizer, *images, torch.tensor(points), rounds=rounds,
-                               layer=args.layer, order=args.order, generator=generator)
-            rows[f"round {rounds}"].append(with_dots(target, found.tolist()))
-    rows = {name: pictures.from_uint8(np.stack(row)) for name, row in rows.items()}
-    write_picture(rows, f"features after layer {checked_layer(model, args.layer)}", args)
+        (source, parts), (target, _) = toy.draw(label, rng), toy.draw(label, rng)
+        points = torch.tensor(list(parts.values()))  # (x, y), [k, 2]
+        there = correspond(model, tokenizer, *pictures.from_uint8(np.stack([source, target])),
+                           points, layer=args.layer, order=args.order,
+                           generator=torch.Generator(args.device).manual_seed(args.seed))
+        asked.append(with_dots(source, points))
+        found.append(with_dots(target, there))
+    yield "asked for", pictures.from_uint8(np.stack(asked)), None
+    yield "found", pictures.from_uint8(np.stack(found)), None
 
 
 def with_dots(pixels, points, zoom=4):
     """Pixels uint8 [H, W, 3], enlarged, with points (x, y) on them, each of its own colour."""
     image = Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
-    for (x, y), colour in zip(points, ("red", "lime", "blue", "yellow", "magenta", "cyan")):
-        middle = (zoom * x, zoom * y)
-        ImageDraw.Draw(image).circle(middle, 5, fill=colour, outline="black", width=2)
+    for (x, y), colour in zip(points.tolist(), ("red", "lime", "blue", "yellow", "magenta")):
+        ImageDraw.Draw(image).circle((zoom * x, zoom * y), 5, fill=colour, outline="black", width=2)
     return np.asarray(image)
 
 
 def parse():
     """The command line."""
-    parser = border.command_line(__doc__)  # in what it says of a flag, (...) is the default
+    parser = border.command_line(__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, run, number, what in (
-            ("inpaint", inpaint_command, 4, "redo a part of pictures"),
-            ("edit", inpaint_command, 2, "redo a part of pictures as other classes"),
-            ("outpaint", outpaint_command, 2, "continue pictures beyond their borders"),
-            ("extrapolate", extrapolate_command, 10, "draw more tokens than in training"),
-            ("correspond", correspond_command, 8, "find parts of an object on another")):
-        # What all commands have,
+    for name, run, what, defaults in (
+            ("inpaint", inpaint_command, "redo a part of pictures", dict(number=4, margin=4)),
+            ("edit", inpaint_command, "redo a part of pictures as other classes",
+             dict(number=2, margin=8, classes=["0", "3", "6"])),
+            ("outpaint", outpaint_command, "continue pictures beyond their borders",
+             dict(number=2)),
+            ("extrapolate", extrapolate_command, "draw more tokens than in training",
+             dict(number=10, steps=-1, cfg=(3.0, 3.0), scg=2.5)),
+            ("correspond", correspond_command, "find parts of an object on another",
+             dict(number=8))):
         command = commands.add_parser(name, help=what, description=what)
-        command.set_defaults(run=run)
         add = command.add_argument
-        add("--number", type=border.positive_int, default=number, help=f"results ({number})")
+        add("--number", type=border.positive_int, help="results (default: %(default)s)")
+        add_model_flags(add)
 
-        # those that decode nothing, or without a picture to start from,
+        # What decodes, and what starts from pictures
         if name == "correspond":
             add("--layer", type=border.positive_int, help="whose features (at 2/3 of the depth)")
-            add_model_flags(add, "correspond.png")
-            continue
+        else:
+            add_decoding_flags(add)
+            add("--classes", nargs="+", metavar="CLASS", help="numbers or names")
+        if name in ("inpaint", "edit", "outpaint"):
+            add("--image", help="a picture to start from (default: some of the toy world)")
+        if name in ("inpaint", "edit"):
+            add("--mask", help="a picture, white where the other is redone (its middle)")
+            add("--paste", action="store_true", help="put the known pixels back, unblurred")
 
-        add("--classes", nargs="+", metavar="CLASS", help="numbers or names")
-        if name == "extrapolate":
-            add("--factor", type=border.positive_int, default=2, help="of the resolution (2)")
-            add("--frequencies", type=border.whole_number, default=2, help="extrapolated ones (2)")
-            add_decoding_flags(add, "-1", "extrapolate.png", steps=-1, cfg=(3.0, 3.0), scg=2.5)
-            continue
-
-        # and those that continue one.
-        add("--image", help="a picture to start from (default: some of the toy world)")
-        add_decoding_flags(add, "88 per 256 missing tokens", f"{name}.png")
+        # What only one has
         if name == "outpaint":
             add("--grid", nargs=2, type=border.positive_int, metavar=("ROWS", "COLUMNS"),
                 help="tokens of the result (default: half as many columns again)")
             add("--corner", nargs=2, type=border.whole_number, metavar=("ROW", "COLUMN"),
                 help="of the picture's first token in it (default: the picture in the middle)")
-        else:
-            add("--mask", help="a picture, white where the other is redone (its middle)")
-            add("--paste", action="store_true", help="put the known pixels back, unblurred")
+        if name == "extrapolate":
+            add("--factor", type=border.positive_int, default=2, help="of the resolution (2)")
+            add("--frequencies", type=border.whole_number, default=2, help="extrapolated ones (2)")
+        command.set_defaults(run=run, out=f"{name}.png", **defaults)
     return parser.parse_args()
 
 
 def main():
     with border.one_line_errors():
         args = parse()
-        args.run(args)
+        pictures.picture_format(args.out)
+        border.writable_folder(pathlib.Path(args.out).parent)
+        args.device = border.pick_device(args.device)
+        model, tokenizer = load_models(args.ckpt, args.tokenizer, args.device)
+        model.to(decoding_precision(args.device))
+        names = names_of_classes(model.class_names, model.config.num_classes)
+
+        # The picture, and what the judge says of its rows
+        rows = list(tqdm(args.run(args, model, tokenizer, names), unit=" rows"))
+        pixels = np.concatenate([pictures.to_uint8(images[:SHOWN]) for _, images, _ in rows])
+        zoom = max(1, 128 // min(pixels.shape[1:3]))  # the toy world's have 32 x 32 pixels
+        pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
+        labels = [label for label, _, _ in rows]
+        pictures.save_picture(pictures.picture_grid(pixels, labels), args.out)
+        print(f"wrote {args.out}")
+        for label, images, classes in rows:
+            if classes is not None:
+                seen = F.adaptive_avg_pool2d(images, toy.SIDE)  # as large as the judge knows them
+                say_verdict(label, seen, classes, model.class_names)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def generation_order(name, batch, grid, generator=None, device=None):
         "raster": positions,
         "spiral_in": walk.argsort(),  # the turn of each position
         "spiral_out": -walk.argsort(),
-        "z_curve": sum((2 * (row >> i & 1) + (column >> i & 1)) * 4**i for i in range(16)),  # quadrants
+        "z_curve": sum((2 * (row >> i & 1) + (column >> i & 1)) * 4**i for i in range(16)),
         "subsample": (2 * (row % 2) + column % 2) * h * w + positions,  # four coarse images
         "alternate": row * w + torch.where(row % 2 == 0, column, w - 1 - column),  # there and back
         "hierarchical": random + ((row % 2 == 1) | (column % 2 == 1)),  # a coarse image, the rest
@@ -212,7 +212,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        inner = math.ceil(int(8 * config.dim / 3) / 256) * 256  # 2/3 of the usual 4 d, as there are 3 matrices
+        inner = math.ceil(int(8 * config.dim / 3) / 256) * 256  # 2/3 of 4 d, for 3 matrices, not 2
         self.w1 = nn.Linear(config.dim, inner, bias=False)
         self.w3 = nn.Linear(config.dim, inner, bias=False)
         self.w2 = nn.Linear(inner, config.dim, bias=False)
@@ -257,6 +257,7 @@ class Guidance:
     power: float = None  # RAR's schedule, not a straight line: the larger, the later w_cfg rises
 
     def contexts(self, class_given):
+        """Which contexts the model has to read: one, two, or the three of Eq. B."""
         if self.scg != 1:
             return [CLASS, NULL, DROPPED] if class_given else [NULL, DROPPED]
         return [CLASS, NULL] if class_given and tuple(self.cfg) != (1, 1) else [CLASS]
@@ -342,9 +343,9 @@ class RandAR(nn.Module):
     def position_instruction_tokens(self, cos_sin, positions):
         """P_i = RoPE(e, h_i, w_i) (Eq. 5) for cos_sin [b, n, D / 2, 2] -> [b, n, d].
 
-        Attention turns queries and keys as well, but values never. If every P were the same e, all
-        would hand on the same value: a token could tell from a P where it stands itself, in relation
-        to it, and not what comes next. positions, int64 [b, n]: for rar.Dense.
+        Attention turns queries and keys as well, but never values. If every P were the same e, all
+        would hand on the same value, and no layer could read from one where it is. positions, int64
+        [b, n]: for rar.Dense.
         """
         e = self.pos_instruct_embeddings.view(self.config.n_head, self.head_dim)  # [heads, D]
         return rotate(e, cos_sin[:, :, None]).flatten(2)

@@ -187,7 +187,7 @@ class MLP(nn.Module):
 
 
 def modulation(dim, chunks):
-    """From the condition, d channels, to `chunks` times d: zeros at first; layers do nothing yet."""
+    """From the condition, d channels, to `chunks` times d: zeros at first, so layers do nothing."""
     linear = nn.Linear(dim, chunks * dim)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -294,7 +294,7 @@ def merge_embeddings(model):
     """Add the target-aware embeddings of a RAR to its positional ones, in place.
 
     In raster order the successor of a position is always the same, and so is the sum of the two:
-    one table is enough, and not a single logit changes. In other orders the model is of no use then.
+    one table is enough, and not a single logit changes. In other orders the model is useless then.
     """
     num_tokens = math.prod(model.config.grid)
     model.pos_embed[:, 1 : 1 + num_tokens] += model.target_aware_pos_embed[:, 2 : 2 + num_tokens]
@@ -315,8 +315,8 @@ def recognise(content, path):
     """
     state = content.get("model", content)
     if not ("pos_instruct_embeddings" in state or "timesteps_embeddings" in state):
-        raise UserError(f"{path} holds no weights of RandAR or RAR: give a file that train.py wrote, "
-                        "or released weights")
+        raise UserError(f"{path} holds no weights of RandAR or RAR: give a file of train.py, or "
+                        "released weights")
 
     if "config" in content:  # one of ours; the first ones, all RandAR, do not say their kind
         model_class, config_class = KINDS[content.get("kind", "rope")]

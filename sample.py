@@ -9,7 +9,6 @@ torchrun --nproc-per-node 8 sample.py --number 50000 --npz samples.npz
 """
 
 import pathlib
-import shutil
 import zipfile
 
 import numpy as np
@@ -29,17 +28,16 @@ SHOWN = 12  # pictures of each class in the grid
 def load_models(ckpt, tokenizer=None, device="cpu"):
     """(model, Tokenizer) from files, in eval mode; the model is of any kind that load_randar knows.
 
-    tokenizer: a path; None is tokenizer.pt beside the checkpoint. Raises UserError where a file is
-    missing, or where the two do not belong together.
+    tokenizer: a path; None is tokenizer.pt beside the checkpoint. UserError if they do not fit.
     """
     model, beside = load_randar(ckpt, device), pathlib.Path(ckpt).with_name("tokenizer.pt")
-    size = model.config.vocab_size
-    released = {16384: " (LlamaGen's vq_ds16_c2i.pt)", 1024: " (MaskGIT's)"}.get(size, "")
-    remedy = f"give --tokenizer the one of {size} codes that it was trained with{released}"
+    remedy = (f"give --tokenizer the one of {model.config.vocab_size} codes that it was trained "
+              "with (released: LlamaGen's vq_ds16_c2i.pt has 16384, MaskGIT's 1024)")
     if tokenizer is None and not beside.is_file():
         raise UserError(f"{ckpt} needs its tokenizer, and there is no {beside}: {remedy}")
+
     tokenizer = load_tokenizer(tokenizer or beside, device)
-    if tokenizer.config.codebook_size != size:
+    if tokenizer.config.codebook_size != model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.config.codebook_size} codes: {remedy}")
     return model, tokenizer
 
@@ -54,35 +52,34 @@ def decoding_precision(device):
 
 
 def sample_batches(model, tokenizer, classes, seed, batch_size=64, rank=0, processes=1, **options):
-    """Draw an image of each class: an iterator of batches (pixels, steps), both NumPy arrays.
-
-    classes: n ints; options: order, steps, cfg, ... as the model's `decode` takes them. pixels:
-    uint8 [b, H, W, 3]; steps: int32 [b, h, w], the step in which each token was decoded.
+    """Draw an image of each class, n ints: an iterator of batches, each as of draw_batch.
 
     The batches are dealt out to the processes. All of them must iterate, but only rank 0 gets the
     images: always the same, for chance in a batch follows from the seed and its number alone.
     """
     device, batches = next(model.parameters()).device, torch.as_tensor(classes).split(batch_size)
-    bar = tqdm(None, "sampling", len(classes), unit=" images", dynamic_ncols=True, disable=rank > 0)
-    for first in range(0, len(batches), processes):  # in each round a batch for each process
-        mine, drawn = first + rank, None
+    rounds = range(0, len(batches), processes)  # in each of them a batch for each process
+    if rank == 0:
+        rounds = tqdm(rounds, "sampling", unit=" rounds")
+    for first in rounds:
+        drawn, mine = None, first + rank
         if mine < len(batches):  # in the last round some have nothing to do
             generator = torch.Generator(device).manual_seed(seed + 1_000_003 * mine)
-            part = batches[mine].to(device)  # classes, [b]
-            drawn = draw_batch(model, tokenizer, part, generator, **options)
+            drawn = draw_batch(model, tokenizer, batches[mine].to(device), generator, **options)
 
         parts = [drawn]
         if processes > 1:
-            parts = [None] * processes  # pickled: the last batches are smaller than the others
+            parts = [None] * processes
             dist.gather_object(drawn, parts if rank == 0 else None)
-        for batch in filter(None, parts):  # elsewhere than on rank 0 there is none
-            bar.update(len(batch[0]))
-            yield batch
-    bar.close()
+        yield from filter(None, parts)  # elsewhere than on rank 0 there is none
 
 
 def draw_batch(model, tokenizer, classes, generator, **options):
-    """(pixels, steps) of classes, int64 [b], as sample_batches yields them."""
+    """Draw an image of each class, int64 [b]: (pixels uint8 [b, H, W, 3], steps int32 [b, h, w]).
+
+    options: order, steps, cfg, ... as the model's `decode` takes them. Returns NumPy arrays; steps:
+    the step in which each token was decoded.
+    """
     tokens = torch.zeros(len(classes), *model.config.grid, dtype=torch.int64, device=classes.device)
     steps = torch.zeros_like(tokens, dtype=torch.int32)  # [b, h, w] both; filled where they are
     for i, step in enumerate(model.decode(classes, generator=generator, **options)):  # Alg. B
@@ -116,28 +113,27 @@ def write_npz(path, batches, classes, height, width):
 # Flags, those of apps.py too; `add` is a parser's add_argument
 
 
-def add_model_flags(add, out):
-    """Those of every command. out: the default of --out."""
+def add_model_flags(add):
+    """Those of every command."""
     add("--ckpt", default=border.CHECKPOINTS / "randar_toy.pt",
         help="weights of train.py or released ones (default: the toy model that ships)")
     add("--tokenizer", help="ours or a released one (default: tokenizer.pt beside --ckpt)")
     add("--order", help=f"one of {', '.join(ORDERS)} (default: that of the model's training)")
     add("--seed", type=border.seed, default=0)
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
-    add("--out", default=out, help=f"the picture to write (default: {out})")
+    add("--out", default="samples.png", help="the picture to write (default: %(default)s)")
 
 
-def add_decoding_flags(add, usual_steps, out, steps=None, cfg=(1.0, 4.0), scg=1.0):
-    """Those of commands that decode. usual_steps: how --help calls the default of --steps."""
-    add_model_flags(add, out)
-    add("--steps", type=border.step_count, default=steps,
-        help=f"of decoding, -1: one token a step (default: {usual_steps})")
-    add("--cfg", nargs=2, type=border.finite_float, default=cfg, metavar=("START", "END"),
-        help=f"classifier-free guidance, from START to END (default: {cfg[0]:g} {cfg[1]:g})")
+def add_decoding_flags(add):
+    """Those of commands that decode."""
+    add("--steps", type=border.step_count,
+        help="of decoding (default: 88 per 256 tokens; -1, so for extrapolate: one token a step)")
+    add("--cfg", nargs=2, type=border.finite_float, default=(1.0, 4.0), metavar=("START", "END"),
+        help="classifier-free guidance, from START to END (default: %(default)s)")
     add("--power", type=border.finite_float, metavar="P",
         help="guidance rises as (1 - cos(pi share^P)) / 2, as RAR's (default: in a straight line)")
-    add("--scg", type=border.finite_float, default=scg,
-        help=f"spatial contextual guidance (default: {scg:g})")
+    add("--scg", type=border.finite_float, default=1.0,
+        help="spatial contextual guidance (default: %(default)s)")
     add("--temperature", type=border.positive_float, default=1.0)
     add("--top-k", type=border.whole_number, default=0, help="of the k likeliest (default: of all)")
     add("--top-p", type=border.probability, default=1.0, help="of the likeliest, this much of all")
@@ -150,7 +146,7 @@ def decoding_options(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# The command: parse, load, check, draw, write
+# The command: parse, load, draw, write
 
 
 def parse():
@@ -160,9 +156,10 @@ def parse():
     add("--classes", nargs="+", metavar="CLASS", help="numbers or names (default: ten; --npz: all)")
     add("--number", type=border.positive_int, help="pictures in all (default: 8 of each class)")
     add("--batch-size", type=border.positive_int, default=64, help="pictures at once (default: 64)")
-    add_decoding_flags(add, "88 per 256 tokens", out="samples.png")
     add("--gif", action="store_true", help="also an animation of the decoding, beside --out")
     add("--npz", metavar="FILE", help="also all pictures, in ADM's format, for evaluation")
+    add_model_flags(add)
+    add_decoding_flags(add)
     return parser.parse_args()
 
 
@@ -176,21 +173,6 @@ def choose_classes(args, names):
     if not args.npz:  # in a file they stay mixed, for measures are computed over its parts as well
         classes.sort(key=chosen.index)
     return classes, shown
-
-
-def check_files(args, size):
-    """UserError, *before* hours of work, for what cannot be written. size: bytes of --npz."""
-    if pictures.picture_format(args.out) == "gif" and args.gif:
-        raise UserError(f"--gif would overwrite {args.out}: end the name of --out in .png")
-    if args.npz and pathlib.Path(args.npz).suffix != ".npz":
-        raise UserError(f"cannot write pictures as {args.npz}: give a name that ends in .npz")
-    border.writable_folder(pathlib.Path(args.out).parent)
-    if args.npz:
-        folder = border.writable_folder(pathlib.Path(args.npz).parent, "--npz")
-        free = shutil.disk_usage(folder).free
-        if size > free:
-            raise UserError(f"{args.npz} needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
-                            "give another --npz")
 
 
 def keep(batches, classes, rows, most):
@@ -209,30 +191,26 @@ def write_pictures(args, rows, names, f):
     # What happened is read off the pictures: np.max(steps) is the number of the last step.
     shown = [(label, *picture) for label, row in rows.items() for picture in row[:SHOWN]]
     labels, pixels, steps = zip(*shown)
-    title = f"{np.max(steps) + 1} steps, order {args.order}, cfg {args.cfg[0]:g} to {args.cfg[1]:g}"
-    if args.power is not None:
-        title += f" by power {args.power:g}"
-    title += f", scg {args.scg:g}, seed {args.seed}"
-
+    title = (f"{np.max(steps) + 1} steps, order {args.order}, cfg {args.cfg[0]:g} to "
+             f"{args.cfg[1]:g}, scg {args.scg:g}, seed {args.seed}")
     grid = pictures.draw_grid(pixels, labels, [known[0] for known in names], title)
     pictures.save_picture(grid, args.out)
     print(f"wrote up to {SHOWN} pictures of each class to {args.out}; {title}")
+
     if args.gif:  # of the first picture of each class
         path = pathlib.Path(args.out).with_suffix(".gif")
-        _, pixels, steps = zip(*[(label, *row[0]) for label, row in rows.items() if row])
+        pixels, steps = zip(*[row[0] for row in rows.values() if row])
         pictures.draw_gif(np.stack(pixels), np.stack(steps), f, path)
         print(f"wrote {path}")
 
 
-def say_verdict(what, images, classes, class_names):
-    """In how many images of the toy world, [n, 3, 32, 32], does the judge see the classes [n]?"""
-    n, toy_size = len(images), (toy.SIDE, toy.SIDE)
-    if class_names == toy.CLASSES and images.shape[2:] == toy_size and n > 1:
-        classes = torch.as_tensor(classes)
+def say_verdict(name, images, classes, class_names):
+    """In which share of toy images [n, 3, 32, 32] does the judge see their classes, n ints?"""
+    if class_names == toy.CLASSES and len(images) > 1:
         verdict = judge.judge(images, classes)
-        print(f"{what}: the judge sees the class asked for in {verdict['accuracy']:.1%} of {n}")
-        if n >= 500 and len(classes.unique()) == len(toy.CLASSES):  # others do not compare
-            print(f"Frechet distance to fresh pictures {verdict['frechet']:.2f} (1,000: 0.26)")
+        print(f"{name}: judge {verdict['accuracy']:.1%} of {len(images)}")
+        if len(images) >= 500:  # of fewer it would be noise
+            print(f"Frechet distance to the toy world {verdict['frechet']:.2f} (1,000 fresh: 0.26)")
 
 
 def main():
@@ -244,22 +222,22 @@ def main():
         model.to(decoding_precision(device))  # not the tokenizer, which is small
         names = names_of_classes(model.class_names, model.config.num_classes)
         classes, shown = choose_classes(args, names)
-
-        # All that can be wrong is found before anything is drawn.
         args.order = args.order or model.order
-        options = decoding_options(args)
-        model.decode(torch.tensor(classes[:1], device=device), **options)  # no step of it yet
-        f = tokenizer.config.downsampling
-        height, width = f * model.config.grid[0], f * model.config.grid[1]  # pixels
-        check_files(args, size=len(classes) * height * width * 3)
+
+        # What cannot be written is said before hours of work.
+        pictures.picture_format(args.out)
+        border.writable_folder(pathlib.Path(args.out).parent)
+        if args.npz:
+            border.writable_folder(pathlib.Path(args.npz).parent, "--npz")
 
         # Pictures pass by, on their way to the file. Some are kept: to be shown, for the judge.
         toy_world, rows = model.class_names == toy.CLASSES, {label: [] for label in shown}
         batches = sample_batches(model, tokenizer, classes, args.seed, args.batch_size, rank,
-                                 processes, **options)
+                                 processes, **decoding_options(args))
         pixels = keep(batches, classes, rows, most=len(classes) if toy_world else SHOWN)
+        f, (h, w) = tokenizer.config.downsampling, model.config.grid
         if args.npz and rank == 0:
-            write_npz(args.npz, pixels, classes, height, width)
+            write_npz(args.npz, pixels, classes, f * h, f * w)
             print(f"wrote {args.npz}: {len(classes)} pictures and their classes")
         for _ in pixels:  # without --npz, nothing has asked for them yet
             pass

@@ -241,7 +241,7 @@ def main():
             value = f"{figures[name]:.4f}" if name in figures else "left out"
             print(f"{name:9} {value:>9}   {meaning}")
         if figures["stored"]:
-            print(f"by the statistics stored in the reference: {figures["stored"]}")
+            print(f"by the statistics stored in the reference: {figures['stored']}")
         if args.out:
             border.write_safely(args.out, lambda partial: partial.write_text(json.dumps(figures)))
 

@@ -11,10 +11,10 @@ import contextlib
 import math
 import os
 import pathlib
-import pickle
 import shutil
 import signal
 import sys
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -47,20 +47,16 @@ def command_line(docstring):
 @contextlib.contextmanager
 def one_line_errors():
     """Around a command: UserError -> one line, exit code 2; Ctrl-C or SIGTERM -> "stopped", 130."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a cluster says Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a cluster says Ctrl-C
     try:
         yield
-
-    # All other exceptions pass: theirs is the traceback.
-    except UserError as error:
+    except UserError as error:  # all others pass: theirs is the traceback
         say("error: " + " ".join(str(error).split()))
         sys.exit(2)
     except KeyboardInterrupt:
         say("stopped")
         sys.exit(130)
-
     finally:
-        signal.signal(signal.SIGTERM, before)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -75,13 +71,10 @@ def number_type(kind, fits, expected):
     """An argparse type. kind: int or float; fits(number) -> bool; expected: what an error names."""
 
     def parse(text):
-        try:
-            number = kind(text)
-        except ValueError:
-            number = math.nan  # fits nowhere: every comparison with it is False
-        if not fits(number):
-            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
-        return number
+        with contextlib.suppress(ValueError):  # no number at all
+            if fits(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
 
     return parse
 
@@ -113,18 +106,13 @@ def pick_device(name=None):
 
 
 def join_processes(name=None):
-    """(rank, processes, torch.device); (0, 1, pick_device(name)) unless torchrun started it."""
+    """(rank, processes, torch.device): the processes that torchrun started meet here."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, pick_device(name)
 
     # Each process takes a GPU of its own, where there are any.
     if name == "cuda" or (name is None and torch.cuda.is_available()):
-        # Two processes on one GPU are an error deep in NCCL: said here in one line.
-        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if here > gpus > 0:
-            raise UserError(f"{here} processes for {gpus} GPUs: give --nproc-per-node {gpus}")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL works on the current one
@@ -137,30 +125,24 @@ def fast_precision(device):
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported()
     else:
-        able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        faster = able.get("avx512_bf16") or able.get("amx_bf16")  # elsewhere it is emulated
+        faster = torch.cpu.get_capabilities().get("avx512_bf16")  # elsewhere it is emulated
     return torch.bfloat16 if faster else torch.float32
 
 
 def can_compile(device):
     """Whether torch.compile works here: on a CPU it writes C++ and needs a compiler for it."""
-    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
-    return device.type == "cuda" or any(shutil.which(name) for name in compilers)
+    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def stop_at_signal():
-    """A list, empty until Ctrl-C or SIGTERM: a loop that looks at it stops between two steps.
-
-    The second Ctrl-C ends the program at once; not under torchrun, which hands on to its processes
-    what they have had from the terminal already.
-    """
-    stop, alone = [], "WORLD_SIZE" not in os.environ  # torchrun sets it
+    """A list, empty until Ctrl-C or SIGTERM: a loop that looks at it stops between two steps."""
+    stop = []
 
     def ask_to_stop(number, frame):
-        if not stop:
-            say("\nstopping after this step")
-        if alone:  # the next one ends it
-            signal.signal(number, signal.SIG_DFL)
+        # A second Ctrl-C ends the program at once. Under torchrun it is the first one, repeated.
+        if stop and "WORLD_SIZE" not in os.environ:
+            raise KeyboardInterrupt
+        say("\nstopping after this step")
         stop.append(number)
 
     signal.signal(signal.SIGINT, ask_to_stop)
@@ -186,8 +168,7 @@ def write_safely(path, write):
             os.fsync(file.fileno())  # all of it is on the disk before the old one goes
         os.replace(partial, path)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write {path} ({reason}): give another place") from None
+        raise UserError(f"cannot write {path} ({error}): give another place") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -198,12 +179,9 @@ def writable_folder(path, option="--out"):
     path = pathlib.Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable{os.getpid()}"  # processes may look at the same time
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        reason = error.strerror
-        raise UserError(f"cannot write into {path} ({reason}): give another {option}") from None
+        raise UserError(f"cannot write into {path} ({error}): give another {option}") from None
     return path
 
 
@@ -211,10 +189,8 @@ def save(content, path):
     """torch.save, safely. content: a dict of tensors, numbers, strings and containers of them."""
 
     def write(partial):
-        try:
-            torch.save(content, partial)
-        except RuntimeError:  # all that torch says of a full disk
-            raise OSError("is the disk full?") from None
+        with open(partial, "wb") as file:  # by name, torch does not say that a disk is full
+            torch.save(content, file)
 
     write_safely(path, write)
 
@@ -226,19 +202,19 @@ def load(path, device="cpu"):
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: give a file of train.py, of tokenizer.py, or a "
-                        "released one")
+        raise UserError(f"no checkpoint at {path}: give one of train.py, tokenizer.py or a release")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # nobody else needs the package
 
-            return load_file(path, device=str(device))  # holds tensors only
-        return torch.load(path, map_location=device, weights_only=True)  # runs no code of a file
+            return load_file(path, device=str(device))
+        return torch.load(path, map_location=device, weights_only=True)
 
+    # A damaged file may raise anything in torch, pickle, zip.
     except ImportError:
         raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
-    except Exception as error:  # a damaged file may raise anything in torch, pickle, zip
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path} is not a readable checkpoint, it may be truncated ({reason}): "
                         "download or train it again") from None
 

@@ -20,13 +20,19 @@ def check_shapes(**expected):
         raise UserError(f"expected {wanted}, got the shapes {got}")
 
 
+def check_values(name, x, end):
+    """Raises UserError where a number of the int64 tensor x is not from 0 to end - 1."""
+    if ((x < 0) | (x >= end)).any():
+        raise UserError(f"{name} must be from 0 to {end - 1}, not {x.min()} to {x.max()}")
+
+
 def check_decoding(model, classes, order, sizes, guidance, sampling, known, angles):
     """Raises UserError for arguments of RandAR.decode that do not fit the model or each other."""
     b, n, k = len(order), order.shape[-1], known[0].shape[-1]
     check_shapes(classes=(classes, [b]), order=(order, [b, n]), known_positions=(known[0], [b, k]),
                  known_tokens=(known[1], [b, k]))
 
-    # Positions and tokens
+    # Positions and tokens: an index out of range would be a crash on a GPU, or a wrong picture.
     num_tokens = math.prod(model.config.grid) if angles is None else len(angles)
     positions = torch.cat([known[0], order], dim=1)  # [b, k + n]
     check_values("classes", classes, model.null_class + 1)
@@ -37,12 +43,12 @@ def check_decoding(model, classes, order, sizes, guidance, sampling, known, angl
 
     # How the tokens are drawn
     if len(guidance.cfg) != 2 or not all(map(math.isfinite, (*guidance.cfg, guidance.scg))):
-        raise UserError("cfg must be two numbers, guidance at the start and at the end, and scg one, not "
+        raise UserError("cfg must be two numbers, at the start and at the end, and scg one, not "
                         f"{list(guidance.cfg)} and {guidance.scg}")
     if guidance.power is not None and not 0 <= guidance.power < math.inf:
         raise UserError(f"power must be 0 (constant guidance) or more, not {guidance.power}")
     if not sampling.temperature > 0:
-        raise UserError(f"temperature must be above 0, not {sampling.temperature}: top_k=1 is greedy")
+        raise UserError(f"temperature must be above 0, not {sampling.temperature}")
     if sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
         raise UserError("top_k must be 0 (all tokens) or more, top_p above 0 and at most 1, not "
                         f"{sampling.top_k} and {sampling.top_p}")
@@ -50,14 +56,8 @@ def check_decoding(model, classes, order, sizes, guidance, sampling, known, angl
     # What a model without position instruction tokens of their own cannot do
     more_than_it_can = max(sizes, default=1) > 1 or guidance.scg != 1 or angles is not None
     if not model.decodes_in_parallel and more_than_it_can:
-        raise UserError(f"a model of the kind {model.kind!r} decodes one token a step (steps -1), on "
-                        "its own grid, and without spatial contextual guidance (scg 1)")
-
-
-def check_values(name, x, end):
-    """Raises UserError where a number of the int64 tensor x is not from 0 to end - 1."""
-    if ((x < 0) | (x >= end)).any():
-        raise UserError(f"{name} must be from 0 to {end - 1}, not {x.min()} to {x.max()}")
+        raise UserError(f"a model of the kind {model.kind!r} decodes one token a step (steps -1), "
+                        "on its own grid, without spatial contextual guidance (scg 1)")
 
 
 def save_network(network, path, half=False, **more):
@@ -77,6 +77,8 @@ def load_network(path, recognise, device="cpu"):
     network_class, config = recognise(content, path)
     with torch.device("meta"):  # shapes without numbers: all of these come from the file
         network = network_class(config)
+
+    # strict: a parameter that is missing, or one too many, is another network.
     try:
         network.to_empty(device=device).load_state_dict(content.get("model", content))
     except RuntimeError as error:

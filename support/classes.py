@@ -14,7 +14,7 @@ def names_of_classes(class_names, number):
     class_names: list of str, those of a checkpoint or a token folder, or None. To WordNet ids, as
     folders of ImageNet are called, and to numbers of its 1,000 classes, English names are added.
     """
-    file = pathlib.Path(__file__).resolve().with_name("imagenet_classes.txt")
+    file = pathlib.Path(__file__).with_name("imagenet_classes.txt")
     imagenet = [line.split(" ", 1) for line in file.read_text().splitlines()]  # [WordNet id, name]
     known = {wordnet: (name, wordnet) for wordnet, name in imagenet}
 
@@ -32,9 +32,9 @@ def plain(name):
 
 
 def parse_classes(words, names):
-    """Class indices from numbers or names; names: as names_of_classes gives them.
+    """Class indices from numbers or names. UserError for an unknown one, or one that several have.
 
-    UserError for a class that there is not, and for a name that several have.
+    names: as names_of_classes gives them.
     """
     classes = []
     for word in words:
@@ -56,14 +56,11 @@ def parse_classes(words, names):
 
 
 def similar_names(word, names):
-    """Up to ten names that the user may have meant, as one str; of a dozen classes, any."""
+    """Up to ten names that the user may have meant, as one str."""
     readable = {plain(known[0]): known[0] for known in names}
     close = [name for name in readable if plain(word) in name]
-    close = close or difflib.get_close_matches(plain(word), readable, n=5)  # misspelt
-    if not close or len(names) <= 12:
-        close = list(readable)
-    shown = [readable[name] for name in close[:10]]
-    return ", ".join(shown + ["..."] if len(close) > 10 else shown)
+    close = close or difflib.get_close_matches(plain(word), readable) or list(readable)
+    return ", ".join(readable[name] for name in close[:10])
 
 
 def spread_classes(classes, rows=10, columns=8):

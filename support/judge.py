@@ -58,28 +58,21 @@ def load_judge(device="cpu"):
     """(Judge, mean [64] and covariance [64, 64] of its features of fresh pictures)."""
     content = border.load(JUDGE_PATH, device)
     network = Judge().to(device).eval()
-    try:
-        network.load_state_dict(content["weights"])
-        return network, content["mean"], content["covariance"]
-    except (RuntimeError, KeyError, TypeError):
-        remedy = "train it with python -m support.judge"
-        raise UserError(f"{JUDGE_PATH} holds no judge: {remedy}") from None
+    network.load_state_dict(content["weights"])
+    return network, content["mean"], content["covariance"]
 
 
 @torch.no_grad()
-def run_judge(network, images):
-    """Images [n, 3, 32, 32] -> features [n, 64], class logits [n, 10]."""
-    results = [network(batch) for batch in images.float().split(500)]
-    features, logits = (torch.cat(parts) for parts in zip(*results))  # [n, 64], [n, 21]
-    return features, logits[:, : len(toy.CLASSES)]
-
-
-def judge_features(images):
+def judge_features(images, network=None):
     """images float [n, 3, 32, 32] in [-1, 1] -> (features [n, 64], class logits [n, 10])."""
     if images.shape[1:] != (3, toy.SIDE, toy.SIDE) or not images.is_floating_point():
         raise UserError(f"the judge takes float images [n, 3, {toy.SIDE}, {toy.SIDE}] in [-1, 1], "
                         f"not {images.dtype} {list(images.shape)}")
-    return run_judge(load_judge(images.device)[0], images)
+
+    network = network or load_judge(images.device)[0]
+    results = [network(batch) for batch in images.float().split(500)]
+    features, logits = (torch.cat(parts) for parts in zip(*results))  # [n, 64], [n, 21]
+    return features, logits[:, : len(toy.CLASSES)]
 
 
 def judge(images, classes):
@@ -87,14 +80,10 @@ def judge(images, classes):
 
     Returns {"accuracy": share in which it sees the class, "frechet": distance to fresh pictures}.
     """
-    classes = torch.as_tensor(classes, device=images.device)
-    if classes.shape != images.shape[:1] or len(images) < 2:
-        raise UserError(f"expected two or more images and a class for each, got {len(images)} "
-                        f"images and classes {list(classes.shape)}")
-
     features, logits = judge_features(images)
+    right = logits.argmax(1) == torch.as_tensor(classes, device=images.device)  # [n]
     _, mean, covariance = load_judge(images.device)
-    return {"accuracy": (logits.argmax(1) == classes).float().mean().item(),
+    return {"accuracy": right.float().mean().item(),
             "frechet": frechet_distance(features.mean(0), torch.cov(features.T), mean, covariance)}
 
 
@@ -146,16 +135,16 @@ def paste_tokens(images):
     return mixed, (mixed - images).abs().amax((1, 2, 3)) > 0.2  # sky on the same sky is no mistake
 
 
-def train_judge(steps=1200, batch=128, path=JUDGE_PATH):
-    """Train on steps x batch fresh pictures; write weights, and the features' statistics."""
+def train_judge(steps, path):
+    """Train on 128 fresh pictures a step; write weights, and the features' statistics."""
     border.writable_folder(pathlib.Path(path).parent)
     torch.manual_seed(0)
     network = Judge()
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=max(2, steps))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
 
     for step in tqdm(range(steps), desc="judge"):
-        images, labels = labelled_batch(batch, (JUDGE_SEED, step))
+        images, labels = labelled_batch(128, (JUDGE_SEED, step))
         images, pasted = paste_tokens(images)
         _, logits = network(disturb(images))
         *answers, doubt = logits.split(ANSWERS, dim=1)  # [b, 10], [b, 6], [b, 4], [b, 1]
@@ -174,7 +163,7 @@ def train_judge(steps=1200, batch=128, path=JUDGE_PATH):
     weights = border.half_precision(network.state_dict())
     network.load_state_dict(weights)
     fresh, _, _ = toy.make(REFERENCE_SIZE, JUDGE_SEED + 1)
-    features, _ = run_judge(network, from_uint8(fresh))
+    features, _ = judge_features(from_uint8(fresh), network)
     content = {"weights": weights, "mean": features.mean(0), "covariance": torch.cov(features.T)}
     border.save(content, path)
 
@@ -186,7 +175,7 @@ def main():
     parser.add_argument("--out", default=JUDGE_PATH, help="default: checkpoints/judge.pt")
     args = parser.parse_args()
     with border.one_line_errors():
-        train_judge(args.steps, path=args.out)
+        train_judge(args.steps, args.out)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ def open_picture(path):
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # a damaged file may raise anything in Pillow
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"unreadable image {os.fsdecode(path)} ({reason}): give another") from None
+        raise UserError(f"unreadable image {os.fsdecode(path)} ({error}): give another") from None
 
 
 def read_picture(path):
@@ -53,30 +52,29 @@ def picture_grid(pixels, row_labels, title=""):
     pixels: uint8 [n, h, w, 3], row after row, n = rows * columns; row_labels: one str a row; title:
     one line on top. Small images are enlarged with hard pixel edges: what the model drew.
     """
-    rows = len(row_labels)
-    columns = len(pixels) // rows
-    height, width = pixels.shape[1:3]
-    scale = max(1, 96 // max(height, width))
-    gap = 6
+    rows, columns, gap = len(row_labels), len(pixels) // len(row_labels), 6
+    scale = max(1, 96 // max(pixels.shape[1:3]))
+    cells = pixels[: rows * columns].repeat(scale, 1).repeat(scale, 2)
+    cells = np.pad(cells, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)  # [n, H, W, 3]
 
-    # How large: the labels to the left, the title above, the cells.
+    # Row by row, lines of pixels first
+    height, width = cells.shape[1:3]
+    cells = cells.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    grid = Image.fromarray(cells.reshape(rows * height, columns * width, 3))
+
+    # Labels to the left, the title above
     font = ImageFont.load_default(size=15)
     margin = gap + int(max(font.getlength(label) for label in row_labels)) + gap
     top = gap + (22 if title else 0)
-    cell_height, cell_width = height * scale + gap, width * scale + gap
-    total_width = max(margin + columns * cell_width, int(font.getlength(title)) + 2 * gap)
+    total_width = max(margin + grid.width, int(font.getlength(title)) + 2 * gap)
 
-    sheet = Image.new("RGB", (total_width, top + rows * cell_height), "white")
+    sheet = Image.new("RGB", (total_width, top + grid.height), "white")
+    sheet.paste(grid, (margin, top))
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap - 2), title, fill="black", font=font)
     for row, label in enumerate(row_labels):
-        middle = top + row * cell_height + height * scale // 2
+        middle = top + row * height + (height - gap) // 2
         draw.text((margin - gap, middle), label, fill="black", font=font, anchor="rm")
-
-    for i, image in enumerate(pixels[: rows * columns]):
-        row, column = divmod(i, columns)
-        enlarged = Image.fromarray(image).resize((width * scale, height * scale), Image.NEAREST)
-        sheet.paste(enlarged, (margin + column * cell_width, top + row * cell_height))
     return sheet
 
 
@@ -89,41 +87,37 @@ def draw_grid(pixels, classes, class_names, title):
     for image, label in zip(pixels, classes):
         rows[label].append(image)
 
-    columns = max(len(row) for row in rows.values())
+    columns = max(map(len, rows.values()))
     white = np.full_like(pixels[0], 255)
     cells = [image for row in rows.values() for image in row + [white] * (columns - len(row))]
     return picture_grid(np.stack(cells), [class_names[label] for label in rows], title)
 
 
-def draw_gif(pixels, turns, f, path, seconds=4.0):
-    """Write an animation: grey pictures fill up in the order of decoding, then stay for a while.
+def draw_gif(pixels, turns, f, path):
+    """Write an animation: grey pictures fill up in the order of decoding, in four seconds.
 
     pixels: uint8 [n, H, W, 3], the finished pictures; turns: int [n, h, w], the step that decoded
     each token; f: pixels a token. A token's pixels appear, as they are in the end, in its step.
     """
-    steps = int(turns.max()) + 1
-    columns = math.ceil(math.sqrt(len(pixels) * 2))
-    empty = np.full((-len(pixels) % columns, *pixels.shape[1:]), 255, np.uint8)  # ends the last row
+    steps, columns = int(turns.max()) + 1, math.ceil(math.sqrt(len(pixels) * 2))
+    rows = [i // columns for i in range(len(pixels))]  # in which row each is shown
     step_of_pixel = turns.repeat(f, axis=1).repeat(f, axis=2)[..., None]  # [n, H, W, 1]
 
     frames = []
     for step in range(steps + 1):
         cells = np.where(step_of_pixel < step, pixels, np.uint8(UNDECODED))
-        cells = np.concatenate([cells, empty])
-        shown = (turns[0] < step).sum()
-        title = f"step {step} of {steps}: {shown} of {turns[0].size} tokens"
-        frames.append(picture_grid(cells, [""] * (len(cells) // columns), title))
+        frames.append(draw_grid(cells, rows, [""] * len(rows), f"step {step} of {steps}"))
 
-    durations = [int(1000 * seconds / steps)] * steps + [2000]  # milliseconds
+    durations = [4000 // steps] * steps + [2000]  # milliseconds; the last one stays for a while
     save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations,
                  loop=0)
 
 
 def picture_format(path):
     """The format that a picture's name asks for. UserError for one that we do not write."""
-    kinds = {"": "png", ".png": "png", ".gif": "gif", ".jpg": "jpeg", ".jpeg": "jpeg"}
+    kinds = {".png": "png", ".gif": "gif", ".jpg": "jpeg", ".jpeg": "jpeg"}
     kind = kinds.get(pathlib.Path(path).suffix.lower())
-    if kind is None or pathlib.Path(path).is_dir():
+    if kind is None:
         raise UserError(f"cannot write a picture as {path}: give a name that ends in .png or .gif")
     return kind
 

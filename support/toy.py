@@ -32,15 +32,14 @@ LEAF, GLASS, FLAME, GOLD = (26, 112, 62), (204, 238, 255), (255, 112, 28), (255,
 class Pen:
     """Unit coordinates in, pixels out: objects are described in a square of -1..1, y downwards.
 
-    The pen alone knows place, size and flip; keypoints pass through it too, and cannot disagree.
+    canvas: the large picture; colour: RGB; x, y: the centre; of size 1 the unit is 11 pixels. The
+    pen alone knows place, size and flip; keypoints pass through it too, and cannot disagree.
     """
 
     def __init__(self, canvas, colour, x, y, size, flip):
-        """canvas: the large picture; colour: RGB; x, y: centre; size 1: the unit is 11 pixels."""
-        self.draw = ImageDraw.Draw(canvas)
-        self.x, self.y, self.unit, self.mirror = x, y, 11.0 * size, -1 if flip else 1
-        self.colour = colour
+        self.draw, self.colour = ImageDraw.Draw(canvas), colour
         self.shade = tuple(int(0.7 * channel) for channel in colour)  # wings, roof, fins
+        self.x, self.y, self.unit, self.mirror = x, y, 11.0 * size, -1 if flip else 1
 
     def pixel(self, x, y):
         """Where the unit coordinates (x, y) are, in pixels from the top-left corner."""
@@ -64,10 +63,10 @@ class Pen:
         arc = [(rx * math.cos(a), ry * math.sin(a)) for a in angles]  # 28 sides look round
         self.polygon(colour, *[(x + cos * u - sin * v, y + sin * u + cos * v) for u, v in arc])
 
-    def line(self, colour, x0, y0, x1, y1, width=0.14):
-        """A straight line; nothing here is thinner than 1.2 pixels, even at the smallest size."""
+    def line(self, colour, x0, y0, x1, y1):
+        """A straight line of 1.2 pixels at least, even at the smallest size."""
         length = math.hypot(x1 - x0, y1 - y0)  # (u, v) is half the width, across the line
-        u, v = 0.5 * width * (y1 - y0) / length, 0.5 * width * (x0 - x1) / length
+        u, v = 0.07 * (y1 - y0) / length, 0.07 * (x0 - x1) / length
         self.polygon(colour, (x0 + u, y0 + v), (x1 + u, y1 + v), (x1 - u, y1 - v), (x0 - u, y0 - v))
 
 
@@ -210,15 +209,14 @@ def draw(class_index, rng, **fixed):
     # All six are drawn, in this order, whatever is fixed: the pictures of a seed must not change.
     look = {"colour": rng.integers(len(COLOURS)), "background": rng.integers(len(BACKGROUNDS)),
             "x": rng.uniform(14, 18), "y": rng.uniform(14, 18), "size": rng.uniform(0.9, 1.1),
-            "flip": bool(rng.integers(2))}
-    look.update(fixed)
+            "flip": bool(rng.integers(2))} | fixed
     look["colour"] = list(COLOURS.values())[look["colour"]]
     above, below = list(BACKGROUNDS.values())[look.pop("background")]
 
     large = SIDE * OVERSAMPLING  # pixels
     canvas = Image.new("RGB", (large, large), above)
     canvas.paste(below, (0, HORIZON * OVERSAMPLING, large, large))
-    pen = Pen(canvas, **look)  # a TypeError for a name that it does not know
+    pen = Pen(canvas, **look)
     parts = OBJECTS[class_index](pen)
 
     if look["flip"]:  # the left eye of a mirrored face is the one that is now on the left
@@ -229,8 +227,7 @@ def draw(class_index, rng, **fixed):
 
 def mirrored(name):
     """'left eye' <-> 'right eye'; names without a side stay as they are."""
-    other = {"left": "right", "right": "left"}
-    return " ".join(other.get(word, word) for word in name.split())
+    return name.replace("left", "?").replace("right", "left").replace("?", "right")
 
 
 def make(n, seed):
@@ -247,31 +244,14 @@ def make(n, seed):
     return images, classes, keypoints
 
 
-def sheet(columns=8, zoom=4):
-    """A labelled PIL picture: examples in rows, the last once more with its keypoints."""
-    cells = []
-    for row in range(len(CLASSES)):
-        for column in range(columns):
-            colour, background = (row + column) % len(COLOURS), column % len(BACKGROUNDS)
-            rng = np.random.default_rng([row, column])
-            image, keypoints = draw(row, rng, colour=colour, background=background)
-            cells.append(image.repeat(zoom, 0).repeat(zoom, 1))  # hard edges: true pixels
-
-        marked = Image.fromarray(cells[-1])
-        for x, y in keypoints.values():
-            pen = ImageDraw.Draw(marked)
-            pen.circle((zoom * x, zoom * y), 4, fill="white", outline="black", width=2)
-        cells.append(np.asarray(marked))
-    return pictures.picture_grid(np.stack(cells), CLASSES, "ten classes, and their keypoints")
-
-
 def main():
     """The command: python -m support.toy."""
     parser = border.command_line(__doc__)
     parser.add_argument("--out", default="toy.png", help="the picture to write (default: toy.png)")
     args = parser.parse_args()
+    images = [draw(i // 10, np.random.default_rng(i))[0] for i in range(100)]  # ten of each class
     with border.one_line_errors():
-        pictures.save_picture(sheet(), args.out)
+        pictures.save_picture(pictures.picture_grid(np.stack(images), CLASSES), args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The toy world as its users may rely on it: what is drawn, where parts are, how the judge judges."""
+"""The toy world as its users may rely on it: what is drawn, where parts are, how it is judged."""
 
 import hashlib
 import sys
@@ -20,7 +20,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def fresh():
-    images, classes, _ = toy.make(1000, seed=2)
+    images, classes, _ = toy.make(400, seed=2)
     return from_uint8(images), torch.from_numpy(classes)
 
 
@@ -44,13 +44,6 @@ def pixel_at(image, keypoint):
 # Pictures
 
 
-def test_pictures_have_the_promised_shapes_and_types(pictures):
-    images, classes, keypoints = pictures
-    assert images.shape == (500, 32, 32, 3) and images.dtype == np.uint8
-    assert classes.shape == (500,) and classes.dtype == np.int64
-    assert len(keypoints) == 500
-
-
 def test_pictures_of_a_seed_stay_what_they_are():
     images, _, _ = toy.make(100, seed=7)
     digest = hashlib.sha256(images.tobytes()).hexdigest()
@@ -58,8 +51,11 @@ def test_pictures_of_a_seed_stay_what_they_are():
     assert (toy.make(5, seed=7)[0] == images[:5]).all()  # a longer run starts with the shorter one
 
 
-def test_classes_are_about_equally_frequent(pictures):
-    assert (np.bincount(pictures[1], minlength=10) > 25).all()  # of 50 expected
+def test_pictures_have_the_promised_types_and_classes_are_about_equally_frequent(pictures):
+    images, classes, keypoints = pictures
+    assert images.shape == (500, 32, 32, 3) and images.dtype == np.uint8
+    assert classes.dtype == np.int64 and len(keypoints) == 500
+    assert (np.bincount(classes, minlength=10) > 25).all()  # of 50 expected
 
 
 def test_the_picture_is_background_above_and_below_the_horizon(pictures):
@@ -107,8 +103,9 @@ def test_a_flip_mirrors_the_keypoints():
 # The judge
 
 
-def test_the_judge_recognises_fresh_images(fresh_scores):
+def test_the_judge_recognises_fresh_images_and_finds_them_close_to_fresh_ones(fresh_scores):
     assert fresh_scores["accuracy"] >= 0.99
+    assert fresh_scores["frechet"] < 1  # 0.5 to 0.7 for 400 images
 
 
 def test_the_judge_recognises_slightly_blurred_and_noisy_images(fresh):
@@ -116,10 +113,6 @@ def test_the_judge_recognises_slightly_blurred_and_noisy_images(fresh):
     torch.manual_seed(0)
     soft = torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     assert judge.judge(soft + 0.1 * torch.randn_like(soft), classes)["accuracy"] >= 0.98
-
-
-def test_fresh_images_are_close_to_fresh_images(fresh_scores):
-    assert fresh_scores["frechet"] < 0.5  # 0.20 to 0.32 for 1,000 images
 
 
 def test_noise_is_far_from_fresh_images(fresh, fresh_scores):
@@ -137,7 +130,7 @@ def test_more_wrong_tokens_are_farther_from_fresh_images(fresh, fresh_scores):
     rank = rank.repeat_interleave(4, 2).repeat_interleave(4, 3)  # [n, 1, 32, 32]
     few, many = (torch.where(rank < k, images.roll(1, 0), images) for k in (1, 4))
     few, many = judge.judge(few, classes)["frechet"], judge.judge(many, classes)["frechet"]
-    assert 2 * fresh_scores["frechet"] < few < many / 2
+    assert fresh_scores["frechet"] + 0.3 < few < many / 2
 
 
 def test_a_score_does_not_depend_on_the_other_images(fresh):
@@ -156,7 +149,7 @@ def test_images_of_a_wrong_shape_or_type_are_refused(images):
 def test_training_writes_a_judge_that_loads(monkeypatch, tmp_path):
     monkeypatch.setattr(judge, "JUDGE_PATH", tmp_path / "judge.pt")
     monkeypatch.setattr(judge, "REFERENCE_SIZE", 100)
-    judge.train_judge(steps=2, batch=8, path=judge.JUDGE_PATH)
+    judge.train_judge(2, judge.JUDGE_PATH)
     _, mean, covariance = judge.load_judge.__wrapped__()
     assert mean.shape == (64,) and covariance.shape == (64, 64)
     assert mean.dtype == covariance.dtype == torch.float32
