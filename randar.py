@@ -98,10 +98,10 @@ def rotate(x, cos_sin):
 
 
 # ------------------------------------------------------------------------------------------------
-# In which order: ten ways to write an image
+# In which order to write an image
 #
 # An order lists positions in the turn in which they are decoded. One model, trained on random
-# orders, can follow every one of them (Table 3). The last three are *partly* random.
+# orders, can follow every one of them (Table 3). Some are *partly* random: two shuffled parts.
 
 ORDERS = ("random", "raster", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate",
           "hierarchical", "center_first", "border_first")
@@ -133,7 +133,7 @@ def generation_order(name, batch, grid, generator=None, device=None):
         "border_first": random + middle,
     }
     name = name.replace("-", "_")
-    if name not in keys:
+    if name not in ORDERS:
         raise UserError(f"unknown order {name!r}: choose from {', '.join(ORDERS)}")
     return keys[name].expand(batch, -1).argsort(dim=-1, stable=True)
 
@@ -268,7 +268,7 @@ class Guidance:
             return logits
         z = dict(zip(contexts, logits.chunk(len(contexts))))
         rise = share if self.power is None else (1 - math.cos(math.pi * share**self.power)) / 2
-        w_cfg = self.cfg[0] + (self.cfg[1] - self.cfg[0]) * rise
+        w_cfg = self.cfg[0] + (self.cfg[1] - self.cfg[0]) * rise  # 1 guides nothing, 0: no class
         guided = z[NULL]
         if DROPPED in z:
             guided = z[DROPPED] + self.scg * (z[NULL] - z[DROPPED])  # Eq. A, of no class

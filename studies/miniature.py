@@ -128,8 +128,8 @@ def runs_of(name):
     if name == "positions":  # Table 2: merged ones can only be decoded one token a step
         models = "toy", "dense", "merge"
         return [run_of(model, ALL, cfg=cfg) for model in models for cfg in (1.0, 1.5, 2.5)]
-    if name == "orders":  # Table 3
-        return [run_of("toy", order=order) for order in ORDERS]
+    if name == "orders":  # Table 3: the paper's ten, whatever a reader has added
+        return [run_of("toy", order=order) for order in ORDERS[:10]]
     if name == "steps":  # Figure 4b; do orders of tokens that lie far apart allow fewer steps?
         ways = ("toy", "random"), ("toy", "hierarchical"), ("raster", "raster")
         return [run_of(model, steps, order) for model, order in ways
