@@ -1,19 +1,14 @@
 """What RandAR does without further training: python apps.py inpaint (edit, outpaint, ...)
 
-The model was trained to continue an image from *any* part of it, in any order. So all that is known
-of an image can go first into the sequence, with its position instruction tokens, and the rest is
-decoded after it. Every application is this one move, `complete`, with other tokens known, another
-order, other rotary angles. The decoding loop is RandAR's; there is no other.
+The model has learned to continue an image from *any* part of it, in any order. So all that is known
+can go first into the sequence, and the rest is decoded after it. Every application is this one
+move, `complete`, with other tokens known, another order, other rotary angles. There are:
 
-    complete                         the missing tokens of an image, given all the others
-    inpaint                          redo a part of an image; with another class: edit (Sec. 3.4.1)
-    outpaint, outpaint_by_windows    continue an image beyond its borders (Sec. 3.4.2)
-    extrapolate                      more tokens than in training, for the same image (Sec. 3.4.3)
-    encode_features                  an image as vectors, each has seen all of it (Sec. 3.4.4)
-    correspond                       where is the same part on another object? (App. E)
-    attention_maps                   which tokens a token looks at
-
-Each command writes one labelled picture. Without --image it draws examples of the toy world itself.
+    inpaint           redo a part of an image; with another class: edit (Sec. 3.4.1)
+    outpaint          continue an image beyond its borders (Sec. 3.4.2)
+    extrapolate       more tokens than in training, for the same image (Sec. 3.4.3)
+    encode_features   an image as vectors, each has seen all of it (Sec. 3.4.4); attention_maps
+    correspond        where is the same part on another object? (App. E)
 """
 
 import itertools
@@ -47,13 +42,10 @@ def complete(model, tokens, missing, classes, grid, angles=None, order=None, ste
     """Decode the missing tokens of images, given all others, which stay as they are: int64 [b, N].
 
     tokens: int64 [b, N] in raster order of the grid (h, w); at missing positions they are not read.
-    missing: bool [b, N], equally many in each image.
-    classes: int64 [b], model.null_class for none.
-    angles: [N, D / 2], of all positions; None: those of the grid.
-    order: a name, or all positions of the grid, int64 [b, N]; None: as in the model's training. The
-        missing tokens are decoded in this order; the known ones precede them, in this order too.
-    steps: None is the paper's schedule for as many tokens as are missing.
-    options: cfg, scg, power, temperature, top_k, top_p, generator, as RandAR.decode takes them.
+    missing: bool [b, N], equally many in each image. classes: int64 [b], model.null_class for none.
+    angles: [N, D / 2]; None: those of the grid. order: a name, or all positions, int64 [b, N]; the
+    missing are decoded in this order, the known precede them in this order too. steps: None is the
+    paper's schedule for as many as are missing. options: those of RandAR.decode.
     """
     own = angles_of(model, grid, tokens.device)
     angles = own if angles is None else angles
@@ -94,10 +86,8 @@ def angles_of(model, grid, device=None):
 def inpaint(model, tokenizer, images, mask, classes, paste=False, **options):
     """Redo a part of each image: (images [b, 3, H, W] in [-1, 1], tokens [b, N]).
 
-    images: float [b, 3, H, W] in [-1, 1], H and W multiples of the tokenizer's pixels per token.
-    mask: bool [H, W] or [b, H, W], True where the image is to be redone. A token is redone if any
-        of its pixels is. All others come out exactly as they are, encoded from the whole image.
-    classes: int64 [b]: those of the images, others to edit them, model.null_class for none.
+    images: float [b, 3, H, W] in [-1, 1]. mask: bool [H, W] or [b, H, W], True where an image is to
+    be redone; a token is redone if any of its pixels is. classes: int64 [b], other ones to edit.
     paste: also put the pixels outside the mask back, which the tokenizer would blur a little.
     options: order, steps, generator, ... as `complete` takes them.
 
@@ -134,15 +124,20 @@ def token_grid(images, tokenizer):
 # instruction token says (its value) and long distances are new. All that is known is context.
 
 
-def place_image(images, tokenizer, grid, corner):
-    """Images on a larger grid (H, W): tokens, and which are missing, bool; both [b, H, W]."""
+def margins(images, tokenizer, grid, corner):
+    """How many tokens of a grid (H, W) are left, right, above and below of images at a corner."""
     (h, w), (height, width), (top, left) = token_grid(images, tokenizer), grid, corner
-    if not (0 <= top <= height - h and 0 <= left <= width - w):
+    sides = left, width - left - w, top, height - top - h
+    if min(sides) < 0:
         raise UserError(f"an image of {h} x {w} tokens, its corner at {top}, {left}, does not fit "
                         f"into a grid of {height} x {width}")
-    known = tokenizer.encode(images).view(-1, h, w)
-    tokens = F.pad(known, (left, width - left - w, top, height - top - h), value=-1)
-    return tokens, tokens < 0
+    return sides
+
+
+def place_image(images, tokenizer, grid, corner):
+    """The tokens of images on a larger grid (H, W), -1 where they are missing: [b, H, W]."""
+    tokens = tokenizer.encode(images).unflatten(1, token_grid(images, tokenizer))  # [b, h, w]
+    return F.pad(tokens, margins(images, tokenizer, grid, corner), value=-1)
 
 
 def outpainting_angles(grid, corner, trained, head_dim, device=None):
@@ -163,14 +158,13 @@ def outpainting_angles(grid, corner, trained, head_dim, device=None):
 def outpaint(model, tokenizer, images, grid, classes, corner=(0, 0), **options):
     """Continue images to any side: (images [b, 3, H * f, W * f] in [-1, 1], tokens [b, H * W]).
 
-    images: float [b, 3, h * f, w * f] in [-1, 1], f the tokenizer's pixels per token; their tokens
-        come out as they are. grid: (H, W), tokens of the result, at least (h, w). corner: (row,
-        column) of the image's first token in it. classes, options: as for `complete`.
+    images: float [b, 3, h * f, w * f] in [-1, 1], f pixels a token; their tokens stay. grid: (H, W)
+    of the result. corner: (row, column) of the image's first token in it. classes, options: as for
+    `complete`.
     """
-    tokens, missing = place_image(images, tokenizer, grid, corner)
+    tokens = place_image(images, tokenizer, grid, corner).flatten(1)  # [b, H * W]
     angles = outpainting_angles(grid, corner, model.config.grid, model.head_dim, tokens.device)
-    tokens, missing = tokens.flatten(1), missing.flatten(1)  # [b, H * W]
-    tokens = complete(model, tokens, missing, classes, grid, angles, **options)
+    tokens = complete(model, tokens, tokens < 0, classes, grid, angles, **options)
     return tokenizer.decode(tokens, grid), tokens
 
 
@@ -180,7 +174,7 @@ def outpaint_by_windows(model, tokenizer, images, grid, classes, corner=(0, 0), 
 
     Nothing is extrapolated, but what has left the window is forgotten. All else as for outpaint.
     """
-    tokens, missing = place_image(images, tokenizer, grid, corner)
+    tokens = place_image(images, tokenizer, grid, corner)  # [b, H, W]
     h, w = min(grid[0], model.config.grid[0]), min(grid[1], model.config.grid[1])
 
     # Where windows are, from the image outwards.
@@ -190,10 +184,10 @@ def outpaint_by_windows(model, tokenizer, images, grid, classes, corner=(0, 0), 
     # Each is completed: what it has of the image, or of windows before it, is known.
     for row, column in windows:
         here = (slice(None), slice(row, row + h), slice(column, column + w))
-        unknown = missing[here].flatten(1)
-        if unknown.any():
-            done = complete(model, tokens[here].flatten(1), unknown, classes, (h, w), **options)
-            tokens[here], missing[here] = done.view(-1, h, w), False
+        window = tokens[here].flatten(1)  # [b, h * w]
+        if (window < 0).any():
+            window = complete(model, window, window < 0, classes, (h, w), **options)
+            tokens[here] = window.view(-1, h, w)
     return tokenizer.decode(tokens.flatten(1), grid), tokens.flatten(1)
 
 
@@ -229,15 +223,10 @@ def extrapolation_angles(grid, factor, frequencies, head_dim, device=None):
     frequencies: so many of the highest of each axis are extrapolated, pos; the others are
     interpolated, pos / factor. 0 interpolates all, head_dim / 4 extrapolates all.
     """
-    width = factor * grid[1]
-    positions = torch.arange(factor * grid[0] * width, device=device)
-    rows, columns = (positions // width).float(), (positions % width).float()
-    extrapolated = rotary_angles(rows, columns, head_dim)  # [N, D / 2]
-    interpolated = rotary_angles(rows / factor, columns / factor, head_dim)
-
+    angles = grid_angles((factor * grid[0], factor * grid[1]), head_dim, device)
     # Of both halves, the rows' angles and the columns', the first ones are the fastest.
     fastest = torch.arange(head_dim // 4, device=device) < frequencies  # [D / 4]
-    return torch.where(fastest.repeat(2), extrapolated, interpolated)
+    return torch.where(fastest.repeat(2), angles, angles / factor)  # proportional to the position
 
 
 @torch.no_grad()
@@ -250,18 +239,17 @@ def extrapolate(model, tokenizer, classes, factor=2, hierarchical=True, frequenc
     no spatial contextual guidance. steps are those of both decodings, and so is sampling: order,
     by name, temperature, generator, ... Images are float [b, 3, H, W] in [-1, 1].
     """
-    (h, w), sampling = model.config.grid, dict(steps=steps, cfg=cfg) | sampling
+    sampling |= dict(steps=steps, cfg=cfg)
+    h, w = model.config.grid
     large = (factor * h, factor * w)
     angles = extrapolation_angles((h, w), factor, frequencies, model.head_dim, classes.device)
     tokens = torch.full((len(classes), *large), -1, device=classes.device)  # -1: missing
 
-    # The first part is plain generation, for its angles are those of training; there is no SCG yet,
-    # for there is no context.
+    # Under its angles, those of training, the first part is plain generation; without SCG, as there
+    # is no context yet. Then the rest; or everything, in one go.
     if hierarchical:
         first = model.generate(classes, **sampling)  # [b, h * w]
         tokens[:, ::factor, ::factor] = first.view(-1, h, w)
-
-    # The rest; or everything, in one go.
     tokens = tokens.flatten(1)  # [b, factor^2 N]
     tokens = complete(model, tokens, tokens < 0, classes, large, angles, scg=scg, **sampling)
     return tokenizer.decode(tokens, large), tokens
@@ -285,7 +273,8 @@ def prepare(model, tokens, classes, order, generator, grid):
     if not model.decodes_in_parallel:
         raise UserError("features and attention are read at position instruction tokens: a model "
                         f"of the kind {model.kind!r} has none of their own, give one of rope")
-    grid, order = grid or model.config.grid, model.order if order is None else order
+    grid = grid or model.config.grid
+    order = model.order if order is None else order
     if isinstance(order, str):
         order = generation_order(order, len(tokens), grid, generator, tokens.device)
     if classes is None:
@@ -301,8 +290,6 @@ def features_by_layer(model, tokens, classes=None, rounds=2, order=None, generat
     tokens: int64 [b, N] in raster order, as are the features. classes: int64 [b]; None: the null
     class, for nobody names the class of what is to be understood. order: a name, or int64 [b, N];
     None: as in the model's training. generator: for random orders. grid: (h, w); None: the model's.
-
-    Features are hidden states as the layer leaves them; none is computed before it is asked for.
     """
     # Rounds have the same angles: x_1 of the second stands in the image where the first one does.
     x, cos_sin, turns = prepare(model, tokens, classes, order, generator, grid)
@@ -357,11 +344,10 @@ def nearest_points(source, target, points, source_size, target_size):
     size = torch.tensor([source_size[1], source_size[0]], device=source.device)  # x, y
     places = points.to(source.device) / size * 2 - 1  # grid_sample counts from -1 to 1
     wanted = F.grid_sample(source, places[None, None], padding_mode="border", align_corners=False)
-    wanted = F.normalize(wanted[0, :, 0], dim=0)  # [d, k]
 
     # and those of all pixels of the target; directions count, not lengths.
     pixels = F.interpolate(target, tuple(target_size), mode="bilinear")[0].flatten(1)  # [d, pixels]
-    likeness = wanted.T @ pixels / pixels.norm(dim=0).clamp_min(1e-12)  # cosines, [k, pixels]
+    likeness = wanted[0, :, 0].T @ F.normalize(pixels, dim=0)  # [k, pixels]
     best = likeness.argmax(dim=1)  # a raster index of pixels
     return torch.stack([best % target_size[1], best // target_size[1]], dim=1) + 0.5
 
@@ -377,9 +363,8 @@ def tokens_of(images, tokenizer, grid):
 def correspond(model, tokenizer, source, target, points, **options):
     """Where in the target picture is what the source picture shows at each point? Float [k, 2].
 
-    source, target: [3, H, W] in [-1, 1], of any size, also of two different ones. points: float
-    [k, 2], (x, y) in pixels of the source; the answer is in pixels of the target. options: rounds,
-    layer, order, ... as encode_features takes them.
+    source, target: [3, H, W] in [-1, 1], of any size, each of its own. points: float [k, 2], (x, y)
+    in pixels of the source; the answer is in pixels of the target. options: of encode_features.
     """
     grid = tuple(options.get("grid") or model.config.grid)
     features = encode_features(model, tokens_of([source, target], tokenizer, grid), **options)
@@ -420,11 +405,18 @@ def attention_maps(model, tokens, layer, head, classes=None, order=None, generat
 
 
 # ------------------------------------------------------------------------------------------------
-# The commands. Each yields the rows of a picture: a label, images [n, 3, H, W], and the classes
-# that the judge of the toy world is to see in them, int64 [n], or None.
+# The commands
+#
+# Each yields the rows of one picture: (label, images [n, 3, H, W], the classes that the judge of
+# the toy world is to see in them, int64 [n], or None).
 
 EXAMPLES = 10**6  # the seed of the toy pictures to start from, none of which training has seen
 GREY = pictures.UNDECODED / 127.5 - 1  # of what is not known, in [-1, 1]
+
+
+def seeded(args, seed):
+    """A generator on the device of the command."""
+    return torch.Generator(args.device).manual_seed(seed)
 
 
 def inputs(args, model, tokenizer, number):
@@ -442,14 +434,8 @@ def inputs(args, model, tokenizer, number):
     return images.to(args.device), classes.to(args.device)
 
 
-def seeds(args):
-    """The seed of each result, and its generator."""
-    for seed in range(args.seed, args.seed + args.number):
-        yield seed, torch.Generator(args.device).manual_seed(seed)
-
-
 def inpaint_command(args, model, tokenizer, names):
-    """Redo the middle of pictures, or what a mask covers; with --classes as others."""
+    """redo a part of pictures, for `edit` as other classes"""
     images, own = inputs(args, model, tokenizer, number=8)
     height, width = images.shape[2:]
     top, left = height // args.margin, width // args.margin
@@ -457,25 +443,24 @@ def inpaint_command(args, model, tokenizer, names):
     mask[top : height - top, left : width - left] = True
     if args.mask:
         mask = pictures.read_picture(args.mask).mean(0).to(args.device) > 0  # brighter than grey
-
-    missing = missing_tokens(images, mask, tokenizer)[:, None]  # [b, 1, h, w]
+    missing = missing_tokens(images, mask, tokenizer)[:, None].float()  # [b, 1, h, w]
+    hidden = F.interpolate(missing, (height, width)) > 0
     yield "input", images, None
-    hidden = F.interpolate(missing.float(), (height, width)) > 0
     yield "known", images.masked_fill(hidden, GREY), None
 
     wanted = {"seed": own}
     if args.classes:
         labels = parse_classes(args.classes, names)
         wanted = {f"{names[label][0]}, seed": torch.full_like(own, label) for label in labels}
-    for seed, generator in seeds(args):
+    for seed in range(args.seed, args.seed + args.number):
+        options = decoding_options(args) | dict(generator=seeded(args, seed))
         for name, classes in wanted.items():
-            redone, _ = inpaint(model, tokenizer, images, mask, classes, args.paste,
-                                generator=generator, **decoding_options(args))
+            redone, _ = inpaint(model, tokenizer, images, mask, classes, args.paste, **options)
             yield f"{name} {seed}", redone, classes
 
 
 def outpaint_command(args, model, tokenizer, names):
-    """Continue pictures beyond their borders, and do the same with a sliding window."""
+    """continue pictures beyond their borders, also with a sliding window"""
     images, classes = inputs(args, model, tokenizer, number=5)
     label = parse_classes(args.classes, names)[0] if args.classes else model.null_class
     classes = torch.full_like(classes, label)
@@ -483,15 +468,17 @@ def outpaint_command(args, model, tokenizer, names):
     grid = args.grid or (h, w + w // 2)
     corner = args.corner or ((grid[0] - h) // 2, (grid[1] - w) // 2)  # in the middle
 
+    sides = [tokenizer.config.downsampling * n for n in margins(images, tokenizer, grid, corner)]
+    yield "known", F.pad(images, sides, value=GREY), None
     for name, function in (("outpaint", outpaint), ("sliding window", outpaint_by_windows)):
-        for seed, generator in seeds(args):
-            results, _ = function(model, tokenizer, images, grid, classes, corner,
-                                  generator=generator, **decoding_options(args))
+        for seed in range(args.seed, args.seed + args.number):
+            options = decoding_options(args) | dict(generator=seeded(args, seed))
+            results, _ = function(model, tokenizer, images, grid, classes, corner, **options)
             yield f"{name}, seed {seed}", results, None
 
 
 def extrapolate_command(args, model, tokenizer, names):
-    """More tokens than in training; one part of the method after the other, as in Fig. 6."""
+    """draw more tokens than in training, and what each part of the method does to it (Fig. 6)"""
     chosen = parse_classes(args.classes, names) if args.classes else range(len(names))
     classes = [chosen[i % len(chosen)] for i in range(args.number)]
     classes = torch.tensor(classes, device=args.device)
@@ -503,88 +490,74 @@ def extrapolate_command(args, model, tokenizer, names):
         "+ hierarchical order": dict(frequencies=0, scg=1.0),
         "+ frequency mix": dict(scg=1.0),
         "+ SCG": dict(),
-        "all but the mix": dict(frequencies=0),
-    }
+        "all but the mix": dict(frequencies=0)}
     whole = dict(factor=args.factor, frequencies=args.frequencies) | decoding_options(args)
     for row, changes in variants.items():
-        options, generator = whole | changes, torch.Generator(args.device).manual_seed(args.seed)
-        images, _ = extrapolate(model, tokenizer, classes, generator=generator, **options)
-        enlarged = F.interpolate(images, scale_factor=args.factor // options["factor"])  # step 1
-        yield row, enlarged, classes
+        options = whole | changes | dict(generator=seeded(args, args.seed))
+        images, _ = extrapolate(model, tokenizer, classes, **options)
+        yield row, F.interpolate(images, scale_factor=args.factor // options["factor"]), classes
 
 
 def correspond_command(args, model, tokenizer, names):
-    """Find the parts of toy objects on others of their class."""
-    if model.class_names != toy.CLASSES:
-        raise UserError(f"{args.ckpt} does not know the toy world: give pictures to python -m "
-                        "studies.features, --data DIR")
+    """find the parts of toy objects on others of their class"""
     asked, found = [], []
     for i in range(args.number):
         rng, label = np.random.default_rng([EXAMPLES, args.seed, i]), i % len(toy.CLASSES)
         (source, parts), (target, _) = toy.draw(label, rng), toy.draw(label, rng)
         points = torch.tensor(list(parts.values()))  # (x, y), [k, 2]
-        there = correspond(model, tokenizer, *pictures.from_uint8(np.stack([source, target])),
-                           points, layer=args.layer, order=args.order,
-                           generator=torch.Generator(args.device).manual_seed(args.seed))
+        options = dict(layer=args.layer, order=args.order, generator=seeded(args, args.seed))
+        both = pictures.from_uint8(np.stack([source, target]))  # [2, 3, H, W]
+        there = correspond(model, tokenizer, *both, points, **options)
         asked.append(with_dots(source, points))
         found.append(with_dots(target, there))
-    yield "asked for", pictures.from_uint8(np.stack(asked)), None
-    yield "found", pictures.from_uint8(np.stack(found)), None
+    yield "asked for", torch.cat(asked), None
+    yield "found", torch.cat(found), None
 
 
 def with_dots(pixels, points, zoom=4):
-    """Pixels uint8 [H, W, 3], enlarged, with points (x, y) on them, each of its own colour."""
+    """Pixels uint8 [H, W, 3] -> [1, 3, 4 H, 4 W], each point (x, y) a dot of its own colour."""
     image = Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
     for (x, y), colour in zip(points.tolist(), ("red", "lime", "blue", "yellow", "magenta")):
         ImageDraw.Draw(image).circle((zoom * x, zoom * y), 5, fill=colour, outline="black", width=2)
-    return np.asarray(image)
+    return pictures.from_uint8(np.array(image)[None])
 
 
 def parse():
     """The command line."""
     parser = border.command_line(__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, run, what, defaults in (
-            ("inpaint", inpaint_command, "redo a part of pictures", dict(number=4, margin=4)),
-            ("edit", inpaint_command, "redo a part of pictures as other classes",
-             dict(number=2, margin=8, classes=["0", "3", "6"])),
-            ("outpaint", outpaint_command, "continue pictures beyond their borders",
-             dict(number=2)),
-            ("extrapolate", extrapolate_command, "draw more tokens than in training",
-             dict(number=10, steps=-1, cfg=(3.0, 3.0), scg=2.5)),
-            ("correspond", correspond_command, "find parts of an object on another",
-             dict(number=8))):
-        command = commands.add_parser(name, help=what, description=what)
-        add = command.add_argument
-        add("--number", type=border.positive_int, help="results (default: %(default)s)")
-        add_model_flags(add)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    whole, many = dict(type=border.whole_number), dict(type=border.positive_int)
+    flags = (  # of which commands, and what they are
+        ("inpaint edit outpaint extrapolate", "--classes", dict(nargs="+", help="numbers, names")),
+        ("inpaint edit outpaint", "--image", dict(help="to start from (default: toy pictures)")),
+        ("inpaint edit", "--mask", dict(help="a picture, white is redone (default: the middle)")),
+        ("inpaint edit", "--paste", dict(action="store_true", help="put known pixels back")),
+        ("outpaint", "--grid", many | dict(nargs=2, help="tokens of the result: rows, columns")),
+        ("outpaint", "--corner", whole | dict(nargs=2, help="the picture's first: row, column")),
+        ("extrapolate", "--factor", many | dict(default=2, help="of the resolution (2)")),
+        ("extrapolate", "--frequencies", whole | dict(default=2, help="extrapolated ones (2)")),
+        ("correspond", "--layer", many | dict(help="whose features (at 2/3 of the depth)")))
 
-        # What decodes, and what starts from pictures
-        if name == "correspond":
-            add("--layer", type=border.positive_int, help="whose features (at 2/3 of the depth)")
-        else:
-            add_decoding_flags(add)
-            add("--classes", nargs="+", metavar="CLASS", help="numbers or names")
-        if name in ("inpaint", "edit", "outpaint"):
-            add("--image", help="a picture to start from (default: some of the toy world)")
-        if name in ("inpaint", "edit"):
-            add("--mask", help="a picture, white where the other is redone (its middle)")
-            add("--paste", action="store_true", help="put the known pixels back, unblurred")
-
-        # What only one has
-        if name == "outpaint":
-            add("--grid", nargs=2, type=border.positive_int, metavar=("ROWS", "COLUMNS"),
-                help="tokens of the result (default: half as many columns again)")
-            add("--corner", nargs=2, type=border.whole_number, metavar=("ROW", "COLUMN"),
-                help="of the picture's first token in it (default: the picture in the middle)")
-        if name == "extrapolate":
-            add("--factor", type=border.positive_int, default=2, help="of the resolution (2)")
-            add("--frequencies", type=border.whole_number, default=2, help="extrapolated ones (2)")
+    for name, run, defaults in (
+            ("inpaint", inpaint_command, dict(number=4, margin=4)),
+            ("edit", inpaint_command, dict(number=2, margin=8, classes=["0", "3", "6"])),
+            ("outpaint", outpaint_command, dict(number=2)),
+            ("extrapolate", extrapolate_command, dict(number=10, steps=-1, cfg=(3, 3), scg=2.5)),
+            ("correspond", correspond_command, dict(number=8))):
+        command = subparsers.add_parser(name, help=run.__doc__)
+        command.add_argument("--number", help="results (default: %(default)s)", **many)
+        for commands, flag, options in flags:
+            if name in commands.split():
+                command.add_argument(flag, **options)
+        add_model_flags(command.add_argument)
+        if name != "correspond":
+            add_decoding_flags(command.add_argument)
         command.set_defaults(run=run, out=f"{name}.png", **defaults)
     return parser.parse_args()
 
 
 def main():
+    """Draw the rows of a command, and say what the judge sees in them."""
     with border.one_line_errors():
         args = parse()
         pictures.picture_format(args.out)
@@ -594,14 +567,13 @@ def main():
         model.to(decoding_precision(args.device))
         names = names_of_classes(model.class_names, model.config.num_classes)
 
-        # The picture, and what the judge says of its rows
-        rows = list(tqdm(args.run(args, model, tokenizer, names), unit=" rows"))
+        rows = list(tqdm(args.run(args, model, tokenizer, names), unit=" rows", delay=1))
         pixels = np.concatenate([pictures.to_uint8(images[:SHOWN]) for _, images, _ in rows])
         zoom = max(1, 128 // min(pixels.shape[1:3]))  # the toy world's have 32 x 32 pixels
         pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
-        labels = [label for label, _, _ in rows]
-        pictures.save_picture(pictures.picture_grid(pixels, labels), args.out)
-        print(f"wrote {args.out}")
+        sheet = pictures.picture_grid(pixels, [label for label, _, _ in rows])
+        pictures.save_picture(sheet, args.out)
+        print(f"wrote {args.out}, up to {SHOWN} pictures of each row")
         for label, images, classes in rows:
             if classes is not None:
                 seen = F.adaptive_avg_pool2d(images, toy.SIDE)  # as large as the judge knows them

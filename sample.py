@@ -224,7 +224,9 @@ def main():
         classes, shown = choose_classes(args, names)
         args.order = args.order or model.order
 
-        # What cannot be written is said before hours of work.
+        # What is mistyped, or cannot be written, is said before hours of work.
+        options = decoding_options(args)
+        model.decode(torch.tensor(classes[:1], device=device), **options)  # no step of it yet
         pictures.picture_format(args.out)
         border.writable_folder(pathlib.Path(args.out).parent)
         if args.npz:
@@ -233,7 +235,7 @@ def main():
         # Pictures pass by, on their way to the file. Some are kept: to be shown, for the judge.
         toy_world, rows = model.class_names == toy.CLASSES, {label: [] for label in shown}
         batches = sample_batches(model, tokenizer, classes, args.seed, args.batch_size, rank,
-                                 processes, **decoding_options(args))
+                                 processes, **options)
         pixels = keep(batches, classes, rows, most=len(classes) if toy_world else SHOWN)
         f, (h, w) = tokenizer.config.downsampling, model.config.grid
         if args.npz and rank == 0:

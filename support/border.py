@@ -55,7 +55,7 @@ def one_line_errors():
         sys.exit(2)
     except KeyboardInterrupt:
         say("stopped")
-        sys.exit(130)
+        sys.exit(130)  # as shells say it: 128 + the number of the signal
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -116,7 +116,7 @@ def join_processes(name=None):
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL works on the current one
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # gloo: for CPUs
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -166,7 +166,7 @@ def write_safely(path, write):
         write(partial)  # a crash from here on leaves the old file as it is
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())  # all of it is on the disk before the old one goes
-        os.replace(partial, path)
+        os.replace(partial, path)  # at any moment there is a whole file of that name
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}): give another place") from None
     finally:
@@ -179,7 +179,7 @@ def writable_folder(path, option="--out"):
     path = pathlib.Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        tempfile.TemporaryFile(dir=path).close()  # to try is the only way to know
     except OSError as error:
         raise UserError(f"cannot write into {path} ({error}): give another {option}") from None
     return path
@@ -220,5 +220,5 @@ def load(path, device="cpu"):
 
 
 def half_precision(state_dict):
-    """The state dict in float16: half the size on disk; load_state_dict makes it float32 again."""
+    """A state dict in float16: half the size on disk; load_state_dict makes it float32 again."""
     return {name: x.half() if x.is_floating_point() else x for name, x in state_dict.items()}

@@ -28,12 +28,12 @@ def check_values(name, x, end):
 
 def check_decoding(model, classes, order, sizes, guidance, sampling, known, angles):
     """Raises UserError for arguments of RandAR.decode that do not fit the model or each other."""
-    b, n, k = len(order), order.shape[-1], known[0].shape[-1]
+    b, n, k = len(order), order.shape[-1], known[0].shape[-1]  # to decode: n, known: k
     check_shapes(classes=(classes, [b]), order=(order, [b, n]), known_positions=(known[0], [b, k]),
                  known_tokens=(known[1], [b, k]))
 
     # Positions and tokens: an index out of range would be a crash on a GPU, or a wrong picture.
-    num_tokens = math.prod(model.config.grid) if angles is None else len(angles)
+    num_tokens = math.prod(model.config.grid) if angles is None else len(angles)  # or a larger one
     positions = torch.cat([known[0], order], dim=1)  # [b, k + n]
     check_values("classes", classes, model.null_class + 1)
     check_values("positions", positions, num_tokens)
@@ -78,7 +78,7 @@ def load_network(path, recognise, device="cpu"):
     with torch.device("meta"):  # shapes without numbers: all of these come from the file
         network = network_class(config)
 
-    # strict: a parameter that is missing, or one too many, is another network.
+    # One parameter too few or too many: it is another network.
     try:
         network.to_empty(device=device).load_state_dict(content.get("model", content))
     except RuntimeError as error:

@@ -66,5 +66,5 @@ def similar_names(word, names):
 def spread_classes(classes, rows=10, columns=8):
     """int64 [n]: `columns` of each of at most `rows` classes, spread evenly over those given."""
     rows = min(rows, len(classes))
-    chosen = [classes[i * len(classes) // rows] for i in range(rows)]
+    chosen = [classes[i * len(classes) // rows] for i in range(rows)]  # ImageNet: 0, 100, 200, ...
     return torch.tensor(chosen).repeat_interleave(columns)

@@ -205,13 +205,9 @@ def write_tokens(out, items, labels, read, convert, meta, batch_size, workers):
 def begin(out, meta):
     """Write meta.json; False if all is done. UserError if `out` was begun with other settings."""
     path, text = out / "meta.json", json.dumps(meta, indent=1)
-    then = json.loads(path.read_text()) if path.is_file() else meta
-
-    # A tokenizer may have been moved meanwhile: its fingerprint counts, not its path.
-    changed = [key for key in meta if key != "tokenizer" and meta[key] != then.get(key)]
-    if changed:
-        raise UserError(f"{out} was begun with other settings (see {', '.join(changed)} in its "
-                        "meta.json): give another --out, or delete it")
+    if path.is_file() and json.loads(path.read_text()) != meta:
+        raise UserError(f"{out} was begun with other settings, see its meta.json: give another "
+                        "--out, or delete it")
     if (out / "labels.npy").is_file():
         print(f"{out} is complete already")
         return False

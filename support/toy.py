@@ -75,8 +75,7 @@ class Pen:
 # part has the picture's colour, a second one its shade. "left" and "right" are as seen.
 
 
-def face(pen):
-    """Ears behind the head, a cream muzzle, a laughing mouth."""
+def face(pen):  # ears behind the head, a cream muzzle, a laughing mouth
     for x in (-0.7, 0.7):
         pen.ellipse(pen.colour, x, -0.66, 0.34, 0.34)
         pen.ellipse(CREAM, x, -0.66, 0.17, 0.17)
@@ -89,8 +88,7 @@ def face(pen):
             "chin": (0, 0.95), "left ear": (-0.7, -0.66), "right ear": (0.7, -0.66)}
 
 
-def fish(pen):
-    """It looks to the right."""
+def fish(pen):  # it looks to the right
     pen.polygon(pen.shade, (-0.4, 0), (-1, -0.56), (-0.84, 0), (-1, 0.56))  # tail
     pen.polygon(pen.shade, (-0.3, -0.3), (-0.12, -0.82), (0.5, -0.4))  # back fin
     pen.polygon(pen.shade, (-0.1, 0.4), (-0.12, 0.78), (0.35, 0.42))  # belly fin
@@ -102,8 +100,7 @@ def fish(pen):
             "belly fin": (-0.05, 0.62), "tail": (-0.72, 0)}
 
 
-def flower(pen):
-    """Six petals round a disc."""
+def flower(pen):  # six petals round a disc
     pen.box(LEAF, -0.1, 0.1, 0.1, 1)  # stem
     pen.ellipse(LEAF, 0.42, 0.64, 0.4, 0.2, turn=-35)
     for k in range(6):
@@ -114,8 +111,7 @@ def flower(pen):
             "right petal": (0.48, -0.3), "leaf": (0.46, 0.6), "stem foot": (0, 0.94)}
 
 
-def house(pen):
-    """A chimney behind the wall and the roof."""
+def house(pen):  # a chimney behind the wall and the roof
     pen.box(BROWN, 0.4, -0.9, 0.66, -0.3)  # chimney
     pen.box(pen.colour, -0.78, -0.15, 0.78, 0.95)  # wall
     pen.polygon(pen.shade, (-1, -0.1), (0, -0.95), (1, -0.1))  # roof
@@ -125,8 +121,7 @@ def house(pen):
             "window": (0.4, 0.35), "left eave": (-0.9, -0.14), "right eave": (0.9, -0.14)}
 
 
-def car(pen):
-    """It drives to the right."""
+def car(pen):  # it drives to the right
     pen.polygon(pen.colour, (-0.84, 0.1), (-0.54, -0.6), (0.34, -0.6), (0.68, 0.1))
     pen.polygon(GLASS, (-0.62, 0.04), (-0.42, -0.42), (-0.16, -0.42), (-0.16, 0.04))
     pen.polygon(GLASS, (0.02, 0.04), (0.02, -0.42), (0.24, -0.42), (0.46, 0.04))
@@ -139,8 +134,7 @@ def car(pen):
             "roof": (-0.1, -0.52), "rear window": (-0.32, -0.16), "front window": (0.18, -0.16)}
 
 
-def tree(pen):
-    """Four round boughs on a trunk."""
+def tree(pen):  # four round boughs on a trunk
     pen.polygon(BROWN, (-0.16, 0.2), (0.16, 0.2), (0.24, 1), (-0.24, 1))  # trunk
     for x, y, radius in ((-0.45, 0.02, 0.48), (0.45, 0.02, 0.48), (0, -0.42, 0.58), (0, 0.1, 0.4)):
         pen.ellipse(pen.colour, x, y, radius, radius)
@@ -148,8 +142,7 @@ def tree(pen):
             "right bough": (0.8, 0.02), "trunk": (0, 0.68)}
 
 
-def boat(pen):
-    """Two sails, the larger one in front."""
+def boat(pen):  # two sails, the larger one in front
     pen.box(BROWN, -0.16, -1, 0, 0.5)  # mast
     pen.polygon(pen.colour, (0, -0.92), (0.88, 0.36), (0, 0.36))
     pen.polygon(pen.shade, (-0.16, -0.7), (-0.16, 0.36), (-0.84, 0.36))
@@ -158,8 +151,7 @@ def boat(pen):
             "bow": (-0.9, 0.5), "stern": (0.9, 0.5), "keel": (0, 0.88)}
 
 
-def butterfly(pen):
-    """Wings turned outwards, in pairs."""
+def butterfly(pen):  # wings turned outwards, in pairs
     for side in (-1, 1):
         pen.line(DARK, 0, -0.4, 0.3 * side, -0.88)
         pen.ellipse(pen.shade, 0.46 * side, 0.48, 0.42, 0.34, turn=45 * side)
@@ -170,8 +162,7 @@ def butterfly(pen):
             "left hind wing": (-0.46, 0.5), "right hind wing": (0.46, 0.5), "tail": (0, 0.64)}
 
 
-def mushroom(pen):
-    """A half-round cap with three dots."""
+def mushroom(pen):  # a half-round cap with three dots
     pen.polygon(CREAM, (-0.26, 0.1), (0.26, 0.1), (0.36, 0.95), (-0.36, 0.95))  # stem
     pen.ellipse(pen.colour, 0, 0.15, 1, 1.05, start=180)
     for x, y, radius in ((-0.55, -0.12, 0.17), (0.02, -0.52, 0.2), (0.5, -0.1, 0.2)):
@@ -180,8 +171,7 @@ def mushroom(pen):
             "right brim": (0.9, 0.08), "stem foot": (0, 0.88)}
 
 
-def rocket(pen):
-    """A flame and two fins behind the body."""
+def rocket(pen):  # a flame and two fins behind the body
     pen.polygon(FLAME, (-0.32, 0.5), (0.32, 0.5), (0, 1.08))  # behind all else
     for side in (-1, 1):
         root, tip = (0.3 * side, -0.05), (0.8 * side, 0.5)

@@ -217,7 +217,7 @@ def test_windows_are_the_grid_of_training_and_know_something(model, tokenizer, g
 def test_the_first_part_has_exactly_the_angles_of_training(grid, factor):
     h, w = grid
     angles = extrapolation_angles(grid, factor, 0, 16).view(factor * h, factor * w, -1)
-    assert torch.equal(angles[::factor, ::factor].flatten(0, 1), grid_angles(grid, 16))
+    torch.testing.assert_close(angles[::factor, ::factor].flatten(0, 1), grid_angles(grid, 16))
 
 
 @pytest.mark.parametrize("frequencies", range(5))
@@ -243,9 +243,7 @@ def test_the_second_part_has_the_first_as_context_under_mixed_angles(model, toke
     _, tokens = extrapolate(model, tokenizer, CLASSES, **options)
     first, second = generations
     even = [16 * (i // 4) + 2 * (i % 4) for i in range(16)]
-    assert "scg" not in first and "known" not in first and second["scg"] == 1.7
-    assert first["order"].sort(dim=1).values[0].tolist() == even
-    assert torch.equal(first["angles"], extrapolation_angles((4, 4), 2, 0, model.head_dim))
+    assert not first.keys() & {"scg", "known", "angles"} and second["scg"] == 1.7
     assert second["known"][0].sort(dim=1).values[0].tolist() == even
     assert (second["known"][1] == tokens.gather(1, second["known"][0])).all()
     assert torch.equal(second["angles"], extrapolation_angles((4, 4), 2, 1, model.head_dim))
@@ -302,34 +300,29 @@ def test_a_grid_of_another_shape_than_training_works_throughout(tokenizer):
 
 
 MISTAKES = [
-    (lambda *m: inpaint(*m, noise(18, 17), mask_of(1), CLASSES), "18 x 17 .*: crop it to 16 x 16"),
-    (lambda *m: inpaint(*m, noise()[0], mask_of(1), CLASSES), r"expected images \[b, 3, H, W\]"),
-    (lambda *m: inpaint(*m, noise(), mask_of(1)[:12], CLASSES), r"mask, .*\[12, 16\].* 16 x 16"),
-    (lambda *m: inpaint(*m, noise(), mask_of(1).float(), CLASSES), "torch.float32 .*give a bool"),
+    (lambda *m: inpaint(*m, noise(18, 17), mask_of(1), CLASSES), "H and W multiples of 4"),
+    (lambda *m: inpaint(*m, noise(), mask_of(1)[:12], CLASSES), r"\[2, 16, 16\], .*\[2, 12, 16"),
     (lambda *m: inpaint(*m, noise(), torch.stack([mask_of(1), mask_of(1, 2)]), CLASSES),
      "must miss equally many tokens: give one mask for all"),
     (lambda *m: inpaint(*m, noise(), mask_of(1), torch.tensor([0, C + 1])), "classes must be"),
     (lambda *m: inpaint(*m, noise(), mask_of(1), CLASSES[:1]), r"expected classes \[2\]"),
     (lambda *m: outpaint(*m, noise(), (3, 8), CLASSES), "4 x 4 tokens.*into a grid of 3 x 8"),
     (lambda *m: outpaint(*m, noise(), (6, 6), CLASSES, (0, 3)), "its corner at 0, 3, does not fit"),
-    (lambda *m: extrapolate(*m, CLASSES, 1.5), "factor must be a whole number from 1 on.* not 1.5"),
-    (lambda *m: extrapolate(*m, CLASSES, frequencies=5), "frequencies one from 0 to 4.* and 5"),
-    (lambda m, t: attention_maps(m, t.encode(noise()), 1, 2), "head must be from 0 to 1, not 2"),
+    (lambda m, t: encode_features(m, t.encode(noise()), layer=3), "layer must be from 1 to 2"),
+    (lambda m, t: encode_features(m, t.encode(noise()), order="spirl"), "unknown order"),
 ]
 
 
 @pytest.mark.parametrize("call, problem", MISTAKES)
-def test_a_mistake_is_one_line(model, tokenizer, call, problem):
-    with pytest.raises(UserError, match=problem) as error:
+def test_what_does_not_fit_is_refused(model, tokenizer, call, problem):
+    with pytest.raises(UserError, match=problem):
         call(model, tokenizer)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind, call", [
     (kind, call) for kind, calls in {
         "dense merge rar": (
             lambda *m: outpaint(*m, noise(), (5, 7), CLASSES),
-            lambda *m: outpaint_by_windows(*m, noise(), (5, 7), CLASSES),
             lambda *m: extrapolate(*m, CLASSES),
             lambda *m: inpaint(*m, noise(16, 24), mask_of(1, grid=(4, 6)), CLASSES)),
         "merge rar": (
@@ -338,7 +331,7 @@ def test_a_mistake_is_one_line(model, tokenizer, call, problem):
         "dense": (lambda m, t: encode_features(m, t.encode(noise(16, 24)), grid=(4, 6)),),
     }.items() for kind in kind.split() for call in calls])
 def test_what_a_kind_of_model_cannot_do_is_refused_by_name(tokenizer, kind, call):
-    with pytest.raises(UserError, match=f"model of the kind rope.*is of the kind '{kind}'"):
+    with pytest.raises(UserError, match=f"of the kind '{kind}'"):
         call(model_of_kind(kind), tokenizer)
 
 
@@ -441,17 +434,6 @@ def test_dense_models_have_features_and_attention(batch):
     assert attention_maps(model, batch[0], 2, 1)[0].shape == (3, 2, N, 2, 4, 4)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(layer=3), "layer must be from 1 to 2"), (dict(rounds=0), "rounds must be at least 1"),
-    (dict(order="spirl"), "unknown order"), (dict(grid=(3, 5)), r"expected tokens \[3, 15\]"),
-    (dict(classes=torch.tensor([0, 1, C + 1])), "classes must be from 0 to 5"),
-    (dict(tokens=torch.full((3, N), V)), "tokens must be from 0 to 31"),
-])
-def test_what_does_not_fit_is_refused(model, batch, wrong, message):
-    with pytest.raises(UserError, match=message):
-        encode_features(model, **dict(tokens=batch[0]) | wrong)
-
-
 # ------------------------------------------------------------------------------------------------
 # Correspondence
 
@@ -503,16 +485,6 @@ def test_pictures_are_stretched_to_what_the_model_knows_and_left_alone_if_they_h
     picture = noise(number=1)[0]
     one, two = apps.tokens_of([picture, torch.rand(3, 9, 30)], tokenizer, (4, 4))
     assert torch.equal(one[None], tokenizer.encode(picture[None])) and two.shape == (N,)
-
-
-@pytest.mark.parametrize("shapes, message", [
-    (((1, 3, 16, 16), (3, 16, 16), (4, 2)), "expected two pictures"),
-    (((3, 8, 16), (3, 16, 16), (4, 2)), "y to 8"),
-])
-def test_pictures_and_points_that_do_not_fit_are_refused(model, tokenizer, shapes, message):
-    source, target, points = (torch.full(shape, 8.5 * (len(shape) == 2)) for shape in shapes)
-    with pytest.raises(UserError, match=message):
-        correspond(model, tokenizer, source, target, points)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -568,8 +540,6 @@ def folder(tmp_path, monkeypatch):
     Image.fromarray(pixels[1, :15, :22]).save(tmp_path / "odd.png")
     Image.fromarray(pixels[1, :16, :16]).save(tmp_path / "square.png")
     Image.fromarray(mask_of(3, 4, grid=(4, 6)).numpy()).save(tmp_path / "mask.png")
-    Image.fromarray(mask_of(grid=(4, 6)).numpy()).save(tmp_path / "nothing.png")
-    Image.fromarray(mask_of(*range(24), grid=(4, 6)).numpy()).save(tmp_path / "everything.png")
     Image.new("RGB", (80, 80)).save(tmp_path / "huge.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -578,38 +548,33 @@ def folder(tmp_path, monkeypatch):
 PHOTO = "--ckpt randar.pt --image photo.png"
 
 
-@pytest.mark.parametrize("line, rows", [
-    (f"inpaint {PHOTO} --mask mask.png --class 3 --number 3 --paste", 5),
-    (f"inpaint {PHOTO} --cfg 3 3 --power 1 --scg 2 --steps 2 --order raster --top-k 5", 6),
-    (f"inpaint {PHOTO} --mask nothing.png --number 1 --temperature 2", 3),
-    (f"inpaint {PHOTO} --mask everything.png --number 1", 3),
-    ("inpaint --ckpt merge.pt --image square.png --number 1", 3),
-    (f"edit {PHOTO} --mask mask.png --class hen --number 1", 3),
-    (f"edit {PHOTO} --classes hen 0 --number 2", 6),
-    (f"outpaint {PHOTO} --grid 5 8 --corner 1 0 --class pig --number 1", 3),
-    ("extrapolate --ckpt randar.pt --factor 3 --freq 1 --class pig 0 --number 3 --steps 2", 6),
+@pytest.mark.parametrize("line, labels", [
+    (f"inpaint {PHOTO} --mask mask.png --class 3 --number 2 --paste", "hen, seed 0;hen, seed 1"),
+    (f"inpaint {PHOTO} --cfg 3 3 --power 1 --scg 2 --steps 2 --top-k 5 --number 1", "seed 0"),
+    ("inpaint --ckpt merge.pt --image square.png --number 1 --seed 4", "seed 4"),
+    (f"edit {PHOTO} --classes hen 0 --number 1 --order raster", "hen, seed 0;cat, seed 0"),
+    (f"outpaint {PHOTO} --grid 5 8 --corner 1 0 --class pig --number 1",
+     "outpaint, seed 0;sliding window, seed 0"),
+    ("extrapolate --ckpt randar.pt --factor 3 --freq 1 --class pig 0 --number 3 --steps 2",
+     "naive;+ hierarchical order;+ frequency mix;+ SCG;all but the mix"),
 ])
-def test_each_command_writes_one_picture(folder, run, capsys, monkeypatch, line, rows):
+def test_each_command_writes_one_picture(folder, run, capsys, monkeypatch, line, labels):
     sheets, picture_grid = [], pictures.picture_grid
     monkeypatch.setattr(pictures, "picture_grid", lambda *a: sheets.append(a) or picture_grid(*a))
     run(f"apps.py {line} --out new/a.png")
-    [(pixels, labels, title)] = sheets
-    assert len(labels) == rows and len(pixels) % rows == 0 and "tokens" in title
+    [(pixels, rows)] = sheets
+    assert ";".join(rows).endswith(labels) and len(pixels) % len(rows) == 0
     assert Image.open("new/a.png").width > 100 and "wrote new/a.png" in capsys.readouterr().out
 
 
 WRONG = {
     "inpaint --ckpt randar.pt": "does not know the toy world: give a picture, --image",
-    f"inpaint {PHOTO} --image nowhere.png": "unreadable image nowhere.png",
-    f"inpaint {PHOTO} --image odd.png": "15 x 22 pixels .* not multiples of 4: crop it to 12 x 20",
-    f"inpaint {PHOTO} --mask odd.png": r"the mask, torch.bool \[15, 22\], .*size, 16 x 24",
+    f"inpaint {PHOTO} --image odd.png": r"H and W multiples of 4, got \[1, 3, 15, 22\]: crop",
+    f"inpaint {PHOTO} --mask odd.png": r"expected masks \[1, 16, 24\], got .*\[1, 15, 22\]",
     "inpaint --ckpt merge.pt --image photo.png": "another grid .* is of the kind 'merge'",
     f"edit {PHOTO} --classes 1 5": "no class '5': give a number from 0 to 4",
     f"outpaint {PHOTO} --grid 4 5": "4 x 6 tokens.* does not fit into a grid of 4 x 5",
     f"outpaint {PHOTO} --image huge.png": "huge.png has over 16 times the tokens of training",
-    "outpaint --ckpt merge.pt --image square.png": "outpainting .* is of the kind 'merge'",
-    "extrapolate --ckpt randar.pt --frequencies 9": "frequencies one from 0 to 4",
-    "correspond --ckpt randar.pt": "does not know the toy world: give .* studies.features",
 }
 
 
@@ -627,26 +592,25 @@ def test_a_mistake_on_the_command_line_is_one_line_with_exit_code_two(folder, ru
 
 
 @pytest.mark.parametrize("line", ["inpaint --number 1", "edit --number 1 --class fish",
-                                  "outpaint --number 1", "extrapolate --steps 8 --number 2",
-                                  "correspond --number 2"])
+                                  "outpaint --number 1 --steps 4", "correspond --number 2",
+                                  "extrapolate --steps 3 --number 2"])
 def test_each_command_draws_its_own_example(folder, run, capsys, line):
     run(f"apps.py {line}")
     said, command = capsys.readouterr().out, line.split()[0]
     assert f"wrote {command}.png" in said and (folder / f"{command}.png").is_file()
-    if command in ("inpaint", "edit", "extrapolate"):
-        assert "the judge sees the class asked for in" in said
+    assert ("judge" in said) == (command in ("inpaint", "edit", "extrapolate"))
 
 
 def test_editing_keeps_the_background_and_changes_the_object():
-    """The judge agrees with the new class in 97% of 400 pictures; here 100 of them have to do."""
-    pixels, classes, _ = toy.make(100, apps.EXAMPLES)
+    """The judge agrees with the new class in 97% of 400 pictures; here 40 of them have to do."""
+    pixels, classes, _ = toy.make(40, apps.EXAMPLES)
     images, classes = pictures.from_uint8(pixels), torch.from_numpy(classes)
-    wanted = (classes + torch.randint(1, 10, (100,), generator=seeded(0))) % 10
+    wanted = (classes + torch.randint(1, 10, (40,), generator=seeded(0))) % 10
     mask = F.pad(torch.ones(24, 24), (4, 4, 4, 4)) > 0
     model = load_randar(border.CHECKPOINTS / "randar_toy.pt")
     tokenizer = load_tokenizer(border.CHECKPOINTS / "tokenizer.pt")
     edited, _ = inpaint(model, tokenizer, images, mask, wanted, generator=seeded(1))
     assert judge.judge(edited, wanted)["accuracy"] >= 0.8
     assert judge.judge(edited, classes)["accuracy"] < 0.1
-    corners = np.ix_(range(100), range(3), (0, 31), (0, 31))
+    corners = np.ix_(range(40), range(3), (0, 31), (0, 31))
     assert abs(edited.numpy()[corners] - images.numpy()[corners]).mean() < 0.05

@@ -244,23 +244,22 @@ def test_what_is_complete_is_neither_made_again_nor_replaced(here, run, whole, m
     assert [*files_of(here / "whole").values()] == whole
 
 
-@pytest.mark.parametrize("change, key", [
-    ("--crops 10", "crops"), ("--image-size 24", "grid"), ("--images others", "images"),
-    ("--tokenizer other.pt", "fingerprint"), ("a file more", "files")])
-def test_other_settings_do_not_destroy_what_was_begun(here, run, stop_after, capsys, change, key):
+@pytest.mark.parametrize("change", [
+    "--crops 10", "--image-size 24", "--images others", "another tokenizer", "a file more"])
+def test_other_settings_do_not_destroy_what_was_begun(here, run, stop_after, capsys, change):
     write_images(here / "others", names=("ant", "bee"), number=3)
-    torch.manual_seed(1)
-    save_tokenizer(tokenizer.Tokenizer(small_tokenizer().config), "other.pt")
     stop_after(1, signal.SIGTERM)
     with pytest.raises(SystemExit):
         run(f"{ENCODE} --out tokens")
     if change == "a file more":
         (here / "photos" / "ant" / "9.png").touch()
+    if change == "another tokenizer":  # of the same name
+        torch.manual_seed(1)
+        save_tokenizer(tokenizer.Tokenizer(small_tokenizer().config), "tok.pt")
     before = files_of(here / "tokens")
     with pytest.raises(SystemExit, match="2"):
         run(f"{ENCODE} --out tokens {change if change[0] == '-' else ''}")
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: tokens was begun with other settings (see {key} in its meta")
+    assert "\nerror: tokens was begun with other settings, see its meta" in capsys.readouterr().err
     assert files_of(here / "tokens") == before
 
 

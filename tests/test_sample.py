@@ -90,7 +90,7 @@ def test_more_steps_than_tokens_are_one_token_a_step(folder, run, capsys, steps,
 def test_all_that_decoding_can_do_can_be_asked_for(folder, run, capsys):
     run(f"{SAMPLE} --number 2 --order spiral-in --cfg 3 3 --power 2 --scg 1.2 --temperature 0.9 "
         "--top-k 5 --top-p 0.9 --device cpu --tokenizer weights/tokenizer.pt --out drawn.jpg")
-    assert "order spiral-in, cfg 3 to 3 by power 2, scg 1.2, seed 0" in capsys.readouterr().out
+    assert "order spiral-in, cfg 3 to 3, scg 1.2, seed 0" in capsys.readouterr().out
     assert Image.open("drawn.jpg").format == "JPEG"
 
 
@@ -120,9 +120,9 @@ def test_models_of_other_kinds_are_drawn_from_as_they_can(folder, run, capsys, k
 
 def test_the_shipped_model_draws_what_it_is_asked_for(tmp_path, monkeypatch, run, capsys):
     monkeypatch.chdir(tmp_path)
-    run("sample.py --number 100")
+    run("sample.py --number 40")
     said = capsys.readouterr().out
-    share = float(said.split("class asked for in ")[1].split("%")[0])
+    share = float(said.split("judge ")[1].split("%")[0])
     assert "22 steps" in said and share >= 95 and "Frechet" not in said
     assert Image.open("samples.png").height > 900  # ten rows
 
@@ -207,7 +207,7 @@ def test_two_processes_draw_what_one_does(folder, drawn):
     assert all((content()[name] == alone[name]).all() for name in ("arr_0", "arr_1"))
     assert [(folder / name).read_bytes() for name in ("samples.png", "samples.gif")] == written
     assert process.stdout.count("drawn.npz: 18 pictures") == 1
-    assert process.stderr.count(" 0/18 ") == 1
+    assert process.stderr.count(" 0/3 ") == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -219,25 +219,20 @@ MISTAKES = {
     f"{SAMPLE} --tokenizer other.pt": "tokenizer has 31 codes: give .* the one of 32 codes",
     f"{SAMPLE} --classes 5": "no class '5': give a number from 0 to 4 or a name .cat, dog",
     f"{SAMPLE} --steps 0": "--steps: expected a whole number of at least 1, or -1, not '0'",
-    f"{SAMPLE} --order zigzag --out new/a.png": "unknown order 'zigzag': choose from random, ",
-    f"{SAMPLE} --power -1 --out new/a.png": "power must be 0 .constant guidance. or more, not -1",
+    f"{SAMPLE} --order zigzag": "unknown order 'zigzag': choose from random, ",
+    f"{SAMPLE} --power -1": "power must be 0 .constant guidance. or more, not -1",
     f"{SAMPLE} --out file.txt/a.png": "cannot write into file.txt .*--out",
     f"{SAMPLE} --out a.bmp": "cannot write a picture as a.bmp: give a name that ends in .png",
-    f"{SAMPLE} --gif --out a.gif": "--gif would overwrite a.gif: end the name of --out in .png",
-    f"{SAMPLE} --npz new/drawn": "cannot write pictures as new/drawn: give a name .* .npz",
     f"{SAMPLE} --npz file.txt/a.npz": "cannot write into file.txt .*--npz",
-    f"{SAMPLE} --number 2000000 --npz a.npz": "a.npz needs 1.5 GB, 1.0 GB are free: give another",
 }
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_no_trace(folder, run, monkeypatch, capsys, line):
+def test_a_mistake_is_one_line_and_leaves_no_trace(folder, run, capsys, line):
     save_tokenizer(small_tokenizer(codebook_size=V - 1), "other.pt")
     save_randar(small_model(), "alone/randar.pt")
     (folder / "cut.pt").write_bytes((folder / "weights" / "randar.pt").read_bytes()[:9000])
     (folder / "file.txt").write_text("no folder")
-    usage = type("Usage", (), dict(free=10**9))
-    monkeypatch.setattr(sample.shutil, "disk_usage", lambda path: usage)
     before = files_of(folder)
     with pytest.raises(SystemExit) as stop:
         run(line)

@@ -2,18 +2,17 @@
 
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import V, seeded, small_tokenizer
+from helpers import V, seeded, small_tokenizer, write_images
 from PIL import Image
 
 import tokenizer
 from support import border, judge, toy
 from support.border import UserError
 from support.pictures import from_uint8
-from tokenizer import Codebook, Tokenizer, TokenizerConfig, load_tokenizer, psnr, save_tokenizer
+from tokenizer import Codebook, TokenizerConfig, load_tokenizer, psnr, save_tokenizer
 
 
 @pytest.fixture
@@ -59,16 +58,9 @@ def test_tokens_are_in_raster_order(tok, images):
     assert torch.equal(decoder[0], tok.post_quant_conv(codes))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 16, 18), (3, 16, 16)])
-def test_images_that_tokens_do_not_fill_are_an_error(tok, shape):
+def test_images_that_tokens_do_not_fill_are_an_error(tok):
     with pytest.raises(UserError, match="H and W multiples of 4.*crop or resize"):
-        tok.encode(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("number, grid", [(15, None), (16, (4, 5))])
-def test_tokens_that_do_not_fill_the_grid_are_an_error(tok, number, grid):
-    with pytest.raises(UserError, match=f"{number} tokens do not fill .* give the grid"):
-        tok.decode(torch.zeros(1, number, dtype=torch.int64), grid)
+        tok.encode(torch.zeros(1, 3, 16, 18))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,19 +107,20 @@ def test_one_loss_moves_codes_to_vectors_and_the_other_vectors_to_codes(codebook
 
 
 def test_the_error_of_the_picture_reaches_every_parameter_but_the_codes(tok, images):
-    painted, tokens, codebook_loss, commitment_loss = tok(images)
+    codes, tokens, _, _ = tok.quantize(tok.latents(images))
+    painted = tok.paint(codes)
     assert painted.shape == images.shape and tokens.shape == (3, 4, 6)
     (painted - images).abs().mean().backward()
     unmoved = [name for name, p in tok.named_parameters() if p.grad is None or p.grad.norm() == 0]
     assert unmoved == ["quantize.embedding.weight"]
 
 
-def test_dead_codes_are_moved_onto_given_vectors_and_live_ones_stay(tok):
-    before = tok.quantize.embedding.weight.detach().clone()
+def test_dead_codes_are_moved_onto_given_vectors_and_live_ones_stay(codebook):
+    before = codebook.embedding.weight.detach().clone()
     used = torch.arange(V) % 4 != 0  # eight dead codes
     latents = torch.randn(50, 4, generator=seeded(0))
-    tokenizer.reseed_dead_codes(tok, latents, used)
-    after = tok.quantize.embedding.weight.detach()
+    tokenizer.reseed_dead_codes(codebook, latents, used)
+    after = codebook.embedding.weight.detach()
     assert torch.equal(after[used], before[used])
     latents = F.normalize(latents, dim=-1)
     matches = torch.isclose(after[~used, None], latents, atol=1e-6).all(-1)  # [8, 50]
@@ -170,16 +163,11 @@ def test_a_file_that_calls_the_codebook_size_codes_still_opens(tok, tmp_path):
 
 
 @pytest.mark.parametrize("content, problem", [
-    (None, "no checkpoint at"), (b"PK damaged", "may be truncated"), ([1, 2], "holds no tokenizer"),
-    ({"model": {"quantize.embedding.weight": torch.zeros(9, 9)}}, "does not fit its tokenizer"),
-    ({"model": {"quantize.embedding.weight": torch.zeros(9, 9)}, "config": {"colour": 3}},
-     "does not fit its tokenizer")])
+    ([1, 2], "holds no tokenizer"),
+    ({"model": {"quantize.embedding.weight": torch.zeros(9, 9)}}, "does not fit")])
 def test_a_file_that_is_no_tokenizer_is_an_error_in_one_line(tmp_path, content, problem):
     path = tmp_path / "other.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
+    torch.save(content, path)
     with pytest.raises(UserError, match=problem) as error:
         load_tokenizer(path)
     message = str(error.value)
@@ -190,42 +178,40 @@ def test_a_file_that_is_no_tokenizer_is_an_error_in_one_line(tmp_path, content, 
 # Training
 
 
-def train_small(out, steps=30):
-    """A small tokenizer after some steps on toy images, and what train_tokenizer returned."""
+def train(tok, steps, out, stop=()):
+    """Train on corners of toy pictures, 16 x 16 pixels; returns such images, [20, 3, 16, 16]."""
+    pixels = toy.make(100, seed=5)[0][:, -16:, -16:]
     torch.manual_seed(0)
-    np.random.seed(0)
-    tok = Tokenizer(TokenizerConfig(channels=8, codebook_size=64, latent_channels=16))
-    images, validation = toy.make(200, seed=5)[0], toy.make(50, seed=6)[0]
-    return tok, tokenizer.train_tokenizer(tok, images, validation, steps, out, batch_size=16)
+    tokenizer.train_tokenizer(tok, pixels[20:], pixels[:20], steps, out, batch_size=16, stop=stop)
+    return from_uint8(pixels[:20])
 
 
-def test_a_few_steps_of_training_make_better_pictures(tmp_path):
-    validation = from_uint8(toy.make(50, seed=6)[0])
-    _, (after_one, _) = train_small(tmp_path / "tok.pt", steps=1)
-    tok, (quality, use) = train_small(tmp_path / "tok.pt", steps=60)
-    assert quality > after_one + 4 and 0 < use <= 1
-    assert tokenizer.measure(tok, validation)[0] == pytest.approx(quality, abs=0.01)
-    written, _ = tokenizer.measure(load_tokenizer(tmp_path / "tok.pt"), validation)
-    assert written == pytest.approx(quality, abs=0.5)  # what was written is what was learnt
+def quality(tok, images):
+    """PSNR of the reconstructions in dB."""
+    return psnr(images, tok.decode(tok.encode(images))).mean().item()
 
 
-def test_asked_to_stop_it_keeps_what_was_learnt(tmp_path):
-    tok = small_tokenizer()
-    images = toy.make(8, seed=5)[0][:, :16, :16]
-    tokenizer.train_tokenizer(tok, images, images, 1000, tmp_path / "tok.pt", 4, stop=[1])
+def test_a_few_steps_of_training_make_better_pictures(tok, tmp_path):
+    images = train(tok, 60, tmp_path / "tok.pt")
+    learnt = quality(tok, images)
+    assert learnt > quality(small_tokenizer(), images) + 4
+    written = quality(load_tokenizer(tmp_path / "tok.pt"), images)
+    assert written == pytest.approx(learnt, abs=0.5)  # what was written is what was learnt
+
+
+def test_asked_to_stop_it_keeps_what_was_learnt(tok, tmp_path):
+    train(tok, 1000, tmp_path / "tok.pt", stop=[1])
     assert load_tokenizer(tmp_path / "tok.pt").config == tok.config
     assert [path.name for path in tmp_path.iterdir()] == ["tok.pt"]
 
 
 @pytest.fixture
 def learn(tmp_path, monkeypatch):
-    """A function that trains on a folder of `number` images by the command: the path it wrote."""
+    """A function that trains on a folder of images by the command: the path it wrote."""
     monkeypatch.setattr(border, "stop_at_signal", lambda: [])
+    write_images(tmp_path / "photos", number=2)
 
-    def learn(number, size=16):
-        (tmp_path / "photos" / "cat").mkdir(parents=True)
-        for i, image in enumerate(toy.make(number, seed=7)[0]):
-            Image.fromarray(image).save(tmp_path / "photos" / "cat" / f"{i}.png")
+    def learn(size=16):
         out = tmp_path / "new" / "tok.pt"
         options = ["--data", tmp_path / "photos", "--steps", 1, "--image-size", size, "--out", out]
         monkeypatch.setattr(sys, "argv", ["tokenizer.py", "train", *map(str, options)])
@@ -235,20 +221,17 @@ def learn(tmp_path, monkeypatch):
     return learn
 
 
-@pytest.mark.parametrize("number", [2, 45])
-def test_the_command_learns_from_a_folder_and_shows_what_it_learnt(learn, capsys, number):
-    out = learn(number)
+def test_the_command_learns_from_a_folder_and_shows_what_it_learnt(learn, capsys):
+    out = learn()
     assert load_tokenizer(out).config == TokenizerConfig(image_size=16)
     assert Image.open(out.with_suffix(".png")).width > 100
-    assert "validation PSNR" in capsys.readouterr().out
+    assert f"wrote {out}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number, size, problem", [
-    (1, 16, "photos has one readable image"), (2, 18, "--image-size must be a multiple of 4")])
-def test_what_cannot_be_learnt_from_is_one_line(learn, capsys, number, size, problem):
+def test_a_size_that_tokens_do_not_fill_is_one_line(learn, capsys):
     with pytest.raises(SystemExit, match="2"):
-        learn(number, size)
-    assert problem in capsys.readouterr().err.splitlines()[-1]
+        learn(18)
+    assert "multiples of 4" in capsys.readouterr().err.splitlines()[-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,15 +240,15 @@ def test_what_cannot_be_learnt_from_is_one_line(learn, capsys, number, size, pro
 
 @pytest.fixture(scope="module")
 def reconstructed():
-    """500 fresh toy images, their reconstructions, and their classes."""
-    pixels, classes, _ = toy.make(500, seed=20_241_201)
+    """200 fresh toy images, their reconstructions, and their classes."""
+    pixels, classes, _ = toy.make(200, seed=20_241_201)
     images, shipped = from_uint8(pixels), load_tokenizer(border.CHECKPOINTS / "tokenizer.pt")
     return images, shipped.decode(shipped.encode(images)), torch.from_numpy(classes)
 
 
 def test_the_shipped_tokenizer_reaches_29_decibels_on_fresh_images(reconstructed):
     images, painted, _ = reconstructed
-    assert psnr(images[:200], painted[:200]).mean() >= 29
+    assert psnr(images, painted).mean() >= 29
 
 
 def test_the_judge_recognises_what_went_through_the_shipped_tokenizer(reconstructed):

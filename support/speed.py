@@ -1,0 +1,82 @@
+"""What makes a training step faster or smaller, and what it costs. For train.py, studies/bench.py.
+
+    mixed_precision, speed_up_cpu, checkpoint_activations    less time, or less memory
+    training_flops, matrix_rate                              their ratio is the MFU, at best 1
+"""
+
+import functools
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from support.border import fast_precision
+
+attention = F.scaled_dot_product_attention
+
+
+def mixed_precision(device):
+    """A context for the forward pass: products of matrices in bfloat16 where hardware has it.
+
+    Weights stay in float32, as do sums where it matters.
+    """
+    dtype = fast_precision(device)
+    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+
+
+def speed_up_cpu():
+    """Attention in float32 from now on: in bfloat16 a compiled toy step takes 1.6 times as long.
+
+    And sums in a fixed order: else threads add up gradients as they come, and a resumed training is
+    not the same to the last bit.
+    """
+    F.scaled_dot_product_attention = attention_in_float32
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and only finds mistakes
+
+
+def attention_in_float32(q, k, v, *arguments, **options):
+    """F.scaled_dot_product_attention of q, k, v [b, heads, n, D]; returns [b, heads, n, D]."""
+    if q.dtype is torch.bfloat16:
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast("cpu", enabled=False):
+        return attention(q, k, v, *arguments, **options)
+
+
+def layers_and_head(model):
+    """Of every kind of model; RAR's names are those of its released weights."""
+    return (model.blocks, model.lm_head) if model.kind == "rar" else (model.layers, model.output)
+
+
+def checkpoint_activations(model):
+    """Keep only the input of each layer, and compute the layer again when its gradient is due."""
+    for layer in layers_and_head(model)[0]:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def training_flops(model):
+    """Floating-point operations of one training image: forward, and backward twice as dear."""
+    layers, head = layers_and_head(model)
+    num_tokens = math.prod(model.config.grid)
+    length = num_tokens * (model.predicting.step or 1)  # 2 N; N, where no token is inserted
+    in_layers = sum(p.numel() for p in layers.parameters())  # each token meets each of them once
+    weights = length * in_layers + num_tokens * head.weight.numel()
+
+    # Query by key, then weight by value: d multiplications each for every pair of tokens, half of
+    # which a causal model needs.
+    in_attention = model.config.n_layer * 2 * model.config.dim * length**2 / 2
+    return 3 * 2 * (weights + in_attention)  # 2: a multiplication and an addition
+
+
+@functools.cache
+def matrix_rate(device, dtype, side=8192, repeats=10):
+    """Operations a second in large matrix products, a median: what this device could do at best."""
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        torch.matmul(a, b)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / sorted(seconds)[repeats // 2]
