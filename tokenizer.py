@@ -144,7 +144,7 @@ class Encoder(nn.Sequential):
             if i < last and config.maskgit:
                 level.downsample.append(nn.AvgPool2d(2))
             elif i < last:
-                level.downsample.add_module("pad", nn.ZeroPad2d((0, 1, 0, 1)))  # as LlamaGen's
+                level.downsample.add_module("pad", nn.ZeroPad2d((0, 1, 0, 1)))  # as in LlamaGen
                 level.downsample.add_module("conv", nn.Conv2d(width, width, 3, stride=2))
             self.conv_blocks.append(level)
 

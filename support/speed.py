@@ -6,10 +6,11 @@
 
 import functools
 import math
-import time
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 from support.border import fast_precision
@@ -71,12 +72,21 @@ def training_flops(model):
 
 
 @functools.cache
-def matrix_rate(device, dtype, side=8192, repeats=10):
+def matrix_rate(device, dtype, side=8192):
     """Operations a second in large matrix products, a median: what this device could do at best."""
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        torch.matmul(a, b)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - started)
-    return 2 * side**3 / sorted(seconds)[repeats // 2]
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * side**3 / timer.blocked_autorange(min_run_time=1).median
+
+
+def throughput(model, images_per_second):
+    """For the log: images and tokens a second, and of GPUs the MFU, the share of their rate."""
+    device = next(model.parameters()).device
+    tokens_per_second = images_per_second * math.prod(model.config.grid)
+    line = {"images_per_second": round(images_per_second, 1),
+            "tokens_per_second": round(tokens_per_second)}
+    if device.type == "cuda":
+        gpus = dist.get_world_size() if dist.is_initialized() else 1
+        peak = gpus * matrix_rate(device, fast_precision(device))
+        line["mfu"] = round(images_per_second * training_flops(model) / peak, 4)
+    return line

@@ -17,7 +17,7 @@ from support import data
 from support.border import UserError
 from support.data import TokenFolder, crops_of, encode_images, list_images, read_image
 from support.pictures import from_uint8
-from tokenizer import save_tokenizer
+from tokenizer import load_tokenizer, save_tokenizer
 
 
 @pytest.fixture
@@ -140,11 +140,11 @@ def test_ten_crops_are_corners_and_centre_of_a_larger_square_and_their_mirror_im
 def test_the_tokens_are_those_of_the_crops(here, run, crops, side):
     run(f"{ENCODE} --crops {crops} --out tokens")
     folder, paths = TokenFolder("tokens"), list_images("photos")[0]
-    tokens = np.concatenate(folder.shards)
+    tokens, tok = np.concatenate(folder.shards), load_tokenizer("tok.pt")
     assert tokens.shape == (6, crops, 16) and tokens.dtype == np.uint16 and folder.crops == crops
     for i in (0, 2, 3, 4, 5):
         views = crops_of(from_uint8(np.stack([read_image(paths[i], side)])), 16, crops)
-        assert tokens[i].tolist() == [small_tokenizer().encode(view)[0].tolist() for view in views]
+        assert tokens[i].tolist() == [tok.encode(view)[0].tolist() for view in views]
 
 
 def test_a_token_folder_is_shards_labels_and_what_is_known_of_them(here, run, capsys):

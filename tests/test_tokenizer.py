@@ -98,7 +98,8 @@ def test_one_loss_moves_codes_to_vectors_and_the_other_vectors_to_codes(codebook
     distance = (F.normalize(z, dim=-1) - codebook.vectors(tokens)).square().mean()
     assert torch.isclose(codebook_loss, distance) and torch.isclose(commitment_loss, distance)
     inputs = [z, codebook.embedding.weight]
-    of_z, of_codes = torch.autograd.grad(codebook_loss, inputs, allow_unused=True, retain_graph=True)
+    of_z, of_codes = torch.autograd.grad(codebook_loss, inputs, allow_unused=True,
+                                         retain_graph=True)
     chosen = torch.zeros(V, dtype=torch.bool)
     chosen[tokens.flatten()] = True
     assert of_z is None and ((of_codes != 0).any(1) == chosen).all()
