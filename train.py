@@ -10,12 +10,10 @@ the folder --out:
     tokenizer.pt         copied here, for sample.py    log.jsonl     a line of JSON for each report
 """
 
-import functools
 import json
 import pathlib
 import shutil
 import time
-from dataclasses import asdict
 from statistics import fmean
 
 import torch
@@ -81,11 +79,10 @@ def make_optimizer(model, peak, weight_decay=0.05):
 def open_tokens(args, rank, processes, device):
     """The TokenFolder of --data, or the toy world: drawn and encoded once, into OUT/tokens."""
     folder = pathlib.Path(args.data or f"{args.out}/tokens")
-
     # Only the toy sizes have a world of their own: ImageNet's recipe on it would take weeks to
     # learn by heart what the smallest model learns in minutes.
-    images = args.data and folder.is_dir() and not (folder / "meta.json").is_file()
-    if images or (args.data is None and args.size not in TOY_SIZES):
+    pictures_only = args.data and folder.is_dir() and not (folder / "meta.json").is_file()
+    if pictures_only or (args.data is None and args.size not in TOY_SIZES):
         raise UserError(f"--size {args.size} needs tokens of your images: python tokenizer.py "
                         f"encode --images {args.data or 'IMAGES'} --out tokens --tokenizer "
                         f"{args.tokenizer or 'vq_ds16_c2i.pt'}, then add --data tokens")
@@ -109,7 +106,7 @@ def training_batch(tokens, step, args, part):
     """
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     orders = generation_order(args.order, args.batch_size, tokens.grid, generator)  # [batch, N]
-    drop_class = torch.rand(args.batch_size, generator=generator) < args.class_dropout
+    drop_class = torch.rand(args.batch_size, generator=generator) < args.class_dropout  # [batch]
 
     if args.anneal:  # RAR's Sec. 3.2: fewer and fewer images are shuffled, a share r of them
         random = generation_order("random", args.batch_size, tokens.grid, generator)
@@ -131,22 +128,21 @@ def train(args):
     """Train as the command line says, and write the files that the top of this file lists."""
     rank, processes, device = border.join_processes(args.device)
     model, optimizer, tokens, tokenizer, state = open_run(args, rank, processes, device)
-    share = args.batch_size // processes
-    part = slice(rank * share, (rank + 1) * share)  # of each batch, this process's images
-    stop, bad_steps = border.stop_at_signal(), 0
+    share = args.batch_size // processes  # of each batch, as many images
+    part = slice(rank * share, (rank + 1) * share)  # and these
+    stop, bad_steps = border.stop_at_signal(), 0  # stop: empty until Ctrl-C or SIGTERM
 
     # The model as the loop calls it: of many processes, compiled
     network = model
     if processes > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    if border.can_compile(device):
-        network = torch.compile(network)
+    network = torch.compile(network) if border.can_compile(device) else network
 
     bar = tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps,
                unit="step", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
         started = time.perf_counter()
-        batch = [x.to(device) for x in training_batch(tokens, step, args, part)]
+        batch = [x.to(device) for x in training_batch(tokens, step, args, part)]  # [share, ...]
         lr = learning_rate(step, args.steps, args.learning_rate, args.min_lr, args.descent)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -172,8 +168,8 @@ def train(args):
         # A gradient that is not finite would spoil the weights for good: skip the step.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         bad_steps = 0 if norm.isfinite() else bad_steps + 1
-        if bad_steps == 10:
-            raise UserError("ten steps skipped in a row: lower the --learning-rate")
+        if bad_steps == 10:  # in a row
+            raise UserError("ten steps were skipped: lower the --learning-rate")
         if bad_steps:
             border.say(f"step {step + 1} skipped: the norm of its gradient is {norm:g}")
         else:
@@ -196,7 +192,7 @@ def train(args):
 
 def report(model, optimizer, tokens, tokenizer, state, args, bar, asked_to_stop):
     """After a step, in one process: a line of the log, files and pictures, when they are due."""
-    step = state["step"]
+    step, out = state["step"], args.out
     checkpoint = step == args.steps or step % args.picture_every == 0
     if state["losses"] and (checkpoint or step % args.report == 0):
         # A line is about all steps since the last one; the time of pictures does not count.
@@ -204,22 +200,26 @@ def report(model, optimizer, tokens, tokenizer, state, args, bar, asked_to_stop)
         line = {"step": step, "images": step * args.batch_size, "loss": fmean(state["losses"]),
                 "learning_rate": optimizer.param_groups[0]["lr"]} | throughput(model, speed)
         state |= {"losses": [], "seconds": 0.0}
-        shown = line.keys() - {"step", "images", "tokens_per_second"}
-        bar.set_postfix({name: line[name] for name in line if name in shown})
+        bar.set_postfix({name: line[name] for name in line if name not in ("step", "images")})
         if checkpoint and len(tokens.held_out_rows) > 0:
             line["held_out_loss"] = held_out_loss(model, tokens, args)
             bar.set_description(f"held-out loss {line['held_out_loss']:.3f}")
         state["log"].append(line)
 
-    # Whoever is asked to stop may not have the time for pictures.
+    # The first file alone is enough to go on: after a crash the next checkpoint mends the others.
     if checkpoint or asked_to_stop:
-        save(model, optimizer, state, args)
+        save_randar(model, f"{out}/training.pt", optimizer=optimizer.state_dict(),
+                    settings=vars(args), **state)
+        save_randar(model, f"{out}/{args.model}.pt", half=True, step=step)  # for sample.py
+        lines = "".join(json.dumps(line) + "\n" for line in state["log"])
+        border.write_safely(f"{out}/log.jsonl", lambda partial: partial.write_text(lines))
+        draw_loss(state["log"], f"{out}/loss.png")
+
+    # Whoever is asked to stop may not have the time for pictures.
     if asked_to_stop:
-        bar.write(f"saved step {step:,}; to go on: python train.py --resume --out {args.out}")
+        bar.write(f"saved step {step:,}; to go on: python train.py --resume --out {out}")
     elif checkpoint:
         draw_samples(model, tokenizer, args, title=f"step {step:,}")
-    if step == args.steps:
-        bar.write(f"for more pictures: python sample.py --ckpt {args.out}/{args.model}.pt")
 
 
 @torch.no_grad()
@@ -238,19 +238,17 @@ def held_out_loss(model, tokens, args):
     model.eval()
     for batch in zip(*[x.split(args.micro_batch) for x in (images, labels, orders)]):
         with mixed_precision(device):
-            _, loss = model(*[x.to(device) for x in batch])
-        total += loss.item() * len(batch[0])
+            total += model(*[x.to(device) for x in batch])[1].item() * len(batch[0])
     model.train()
     return total / len(labels)
 
 
 def draw_samples(model, tokenizer, args, title):
     """Eight samples of ten classes; always the same classes, orders, random numbers, to compare."""
-    device = next(model.parameters()).device
-    labels = classes.spread_classes(range(model.null_class), rows=10, columns=8).to(device)  # [80]
+    labels = classes.spread_classes(range(model.null_class), rows=10, columns=8)  # [80]
     torch.manual_seed(args.seed)
     model.eval()
-    tokens = model.generate(labels)  # [80, N]
+    tokens = model.generate(labels.to(next(model.parameters()).device))  # [80, N]
     model.train()
 
     # From tokens to a labelled sheet, a row for each class
@@ -311,35 +309,23 @@ def open_run(args, rank, processes, device):
     # What it has learnt before. All that is compared decides what a training is.
     if args.resume:
         saved = border.load(f"{args.out}/training.pt", device)
-        same = saved["config"] == asdict(config) and saved.get("kind", "rope") == kind
+        same = saved["config"] == vars(config) and saved.get("kind", "rope") == kind
         for name in ("batch_size", "seed", "order", "anneal"):
-            same = same and saved["settings"].get(name) == getattr(args, name)
+            same = same and saved.get("settings", {}).get(name) == getattr(args, name)
         if not same:
             raise UserError(f"{args.out} holds another training: leave its flags, or change --out")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state |= {name: saved[name] for name in state if name in saved}  # the first: no seconds
+        state |= {name: saved[name] for name in state if name in saved}  # the first had no seconds
     if state["step"] >= args.steps:
         raise UserError(f"{args.out} holds {state['step']} steps already: ask for more --steps")
 
     if rank == 0:
-        border.write_safely(f"{args.out}/tokenizer.pt", functools.partial(shutil.copy, path))
-    parameters = sum(p.numel() for p in model.parameters())
-    border.say(f"{parameters:,} parameters; the first step may take a minute, see {args.out}")
+        border.write_safely(f"{args.out}/tokenizer.pt", lambda new: shutil.copy(path, new))
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    border.say(f"{type(model).__name__}-{args.size}, {millions:.1f}M parameters, {len(tokens):,} "
+               f"images; pictures will be in {args.out}; the first step may take a minute")
     return model, optimizer, tokens, tokenizer, state
-
-
-def save(model, optimizer, state, args):
-    """Write the weights and the log, a file at a time.
-
-    training.pt alone is enough to go on: after a crash between two files the next save mends all.
-    """
-    save_randar(model, f"{args.out}/training.pt", optimizer=optimizer.state_dict(),
-                settings=vars(args), **state)
-    save_randar(model, f"{args.out}/{args.model}.pt", half=True, step=state["step"])
-    lines = "".join(json.dumps(line) + "\n" for line in state["log"])
-    border.write_safely(f"{args.out}/log.jsonl", lambda partial: partial.write_text(lines))
-    draw_loss(state["log"], f"{args.out}/loss.png")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -382,14 +368,14 @@ def main():
         if args.resume:
             settings = border.load(path).get("settings", {})
             older = {"clip": "grad_clip", "last_learning_rate": "min_lr"}  # names in first files
-            settings = {older.get(name, name): value for name, value in settings.items()}
-            copied = str(path.with_name("tokenizer.pt"))  # whatever has become of the original
-            parser.set_defaults(**settings | {"out": args.out, "tokenizer": copied})
+            parser.set_defaults(**{older.get(name, name): x for name, x in settings.items()})
+            parser.set_defaults(out=args.out, tokenizer=f"{args.out}/tokenizer.pt")  # the copy
         elif path.exists():
             raise UserError(f"{args.out} holds a training: add --resume, or give another --out")
         args = parser.parse_args()
         args.order = args.order or ("raster" if args.anneal else "random")
         train(args)
+        border.say(f"for more pictures: python sample.py --ckpt {args.out}/{args.model}.pt")
 
 
 if __name__ == "__main__":

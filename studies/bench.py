@@ -23,7 +23,8 @@ from tqdm import tqdm
 from randar import SIZES, Config, RandAR, default_steps, generation_order, step_sizes
 from sample import decoding_precision
 from support import border
-from train import make_optimizer, matrix_rate, training_flops
+from support.speed import matrix_rate, training_flops
+from train import make_optimizer
 
 # ------------------------------------------------------------------------------------------------
 # How it is measured, and by what

@@ -238,7 +238,7 @@ def test_killed_while_a_file_is_written_it_goes_on_too(here, run, whole, monkeyp
 
 
 def test_what_is_complete_is_neither_made_again_nor_replaced(here, run, whole, monkeypatch, capsys):
-    monkeypatch.setattr(data, "read_image", lambda path, size: 1 / 0)  # nothing is read a second time
+    monkeypatch.setattr(data, "read_image", lambda path, size: 1 / 0)  # nothing is read
     run(f"{ENCODE} --out whole")
     assert "whole is complete already" in capsys.readouterr().out
     assert [*files_of(here / "whole").values()] == whole
@@ -332,7 +332,7 @@ def test_a_folder_without_tokens_is_one_line(here, run, capsys, folder, problem)
 
 
 def write_tokens(folder, n, shards=4):
-    """n images in two crops: crop c of image i consists of tokens 2 i + c; classes 0, 1, 2, 0, ..."""
+    """n images in two crops: crop c of image i consists of tokens 2 i + c; classes 0, 1, 2, 0, 1"""
     tokens = np.arange(2 * n, dtype=np.uint16).reshape(n, 2, 1).repeat(4, 2)
     size = -(-n // shards)
     for i in range(shards):

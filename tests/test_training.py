@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import re
 import signal
@@ -14,14 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import (SMALL, N, V, files_of, run_typed, small_model, small_tokenizer, typed,
-                     write_images)
+from helpers import SMALL, N, V, files_of, run_typed, small_tokenizer, typed, write_images
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from randar import RandAR, generation_order, load_randar
-from rar import KINDS, RAR, RARConfig
+from rar import KINDS
 from support import border, data, toy
 from tokenizer import save_tokenizer
 
@@ -51,7 +48,7 @@ def here(ingredients, tmp_path, monkeypatch):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Half of the time of short trainings goes into them."""
-    monkeypatch.setattr(train, "draw_samples", lambda run, args, title: None)
+    monkeypatch.setattr(train, "draw_samples", lambda *inputs, title: None)
     monkeypatch.setattr(train, "draw_loss", lambda log, path: None)
 
 
@@ -142,89 +139,41 @@ def test_the_parts_of_a_batch_make_up_the_whole(anneal):
 
 
 # --------------------------------------------------------------------------------------------------
-# What a step costs
-
-
-def small(kind):
-    """A model of each kind, in training mode, after a step's worth of noise on its zeros."""
-    torch.manual_seed(0)
-    if kind == "rar":
-        model = RAR(RARConfig((4, 4), V, 5, dim=32, n_layer=2, n_head=2, mlp=64))
-    else:
-        model = KINDS[kind][0](small_model().config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.02 * torch.randn(p.shape)
-    return model.train()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_operations_of_a_training_step_are_those_that_torch_counts(batch, kind):
-    model = small(kind)
-    with FlopCounterMode(display=False) as counted:
-        model(*batch)[1].backward()
-    assert math.isclose(3 * train.training_flops(model), counted.get_total_flops(), rel_tol=0.15)
-
-
-def test_the_rate_of_matrix_products_is_that_of_this_machine():
-    cpu = torch.device("cpu")
-    slow, fast = (train.matrix_rate(cpu, torch.float32, side=side) for side in (8, 512))
-    assert 1e6 < slow < fast < 1e14
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpointed_activations_change_neither_loss_nor_gradients(batch, kind):
-    results = []
-    for checkpointed in (False, True):
-        model = small(kind)
-        if checkpointed:
-            train.checkpoint_activations(model)
-        torch.manual_seed(0)  # dropout, too, must be the same when a layer is computed again
-        _, loss = model(*batch)
-        loss.backward()
-        results.append([loss, *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
-
-
-# --------------------------------------------------------------------------------------------------
 # What it leaves, and says
 
 
 def test_training_leaves_these_files_and_says_what_to_do_with_them(here, run, capsys):
-    run(f"{TRAIN} --steps 4 --picture-every 2 --out new")
+    run(f"{TRAIN} --steps 2 --picture-every 1 --out new")
     assert {path.name for path in (here / "new").iterdir()} == {
         "randar.pt", "training.pt", "tokenizer.pt", "samples.png", "loss.png", "log.jsonl"}
-    said = capsys.readouterr().out
-    assert "on 7 images of 4 x 4 tokens" in said and "python sample.py --ckpt new/randar.pt" in said
+    assert "python sample.py --ckpt new/randar.pt" in capsys.readouterr().err
     model = load_randar("new/randar.pt")
     assert model.config.grid == (4, 4) and model.config.vocab_size == V
     assert model.class_names == ["cat", "dog"] and model.order == "random"
     assert (here / "new/tokenizer.pt").read_bytes() == (here / "tok.pt").read_bytes()
     for name in ("loss.png", "samples.png"):
-        picture = Image.open(here / "new" / name)
-        assert picture.format == "PNG" and min(picture.size) > 100
-        assert len(picture.convert("RGB").getcolors(maxcolors=10**6)) > 20
+        assert len(Image.open(here / "new" / name).convert("RGB").getcolors(maxcolors=10**6)) > 20
 
 
-def test_the_log_has_a_line_for_each_report_and_held_out_loss_at_checkpoints_and_the_end(here, run):
+def test_the_log_has_a_line_for_each_report_and_held_out_loss_at_checkpoints_and_the_end(
+        here, run, no_pictures, capsys):
     run(f"{TRAIN} --steps 5 --picture-every 2 --out new")
-    log = log_of("new")
-    assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
-    assert [line["images"] for line in log] == [4, 8, 12, 16, 20]
+    log, bar = log_of("new"), capsys.readouterr().err
+    assert "held-out loss 3." in bar and "loss=3." in bar and "learning_rate=0.003" in bar
+    assert [(line["step"], line["images"]) for line in log] == [(i, 4 * i) for i in range(1, 6)]
     assert ["held_out_loss" in line for line in log] == [False, True, False, True, True]
     for line in log:
         assert line.keys() - {"held_out_loss"} == {"step", "images", "loss", "learning_rate",
                                                    "images_per_second", "tokens_per_second"}
         assert 2 < line["loss"] < 5  # of an untrained model: ln 32 = 3.5
-        assert line["learning_rate"] > 0 and line["images_per_second"] > 0
 
 
 def test_the_held_out_loss_is_of_fixed_images_and_orders_and_free_of_chance(here, run, no_pictures,
         monkeypatch):
     """That of the saved weights, the class given and nothing dropped."""
     seen, measure = [], train.held_out_loss
-    monkeypatch.setattr(train, "held_out_loss", lambda run, args: seen.append((
-        measure(run, args), measure(run, args), run.model.training)) or seen[-1][0])
+    monkeypatch.setattr(train, "held_out_loss", lambda model, *inputs: seen.append((
+        measure(model, *inputs), measure(model, *inputs), model.training)) or seen[-1][0])
     run(f"{TRAIN} --steps 2 --dropout 0.5 --class-dropout 0.9 --out new")
     (first, second, training), = seen
     assert first == second == log_of("new")[-1]["held_out_loss"] and training
@@ -254,21 +203,24 @@ def test_every_model_is_trained_by_the_same_command(here, run, options, kind, fi
 
 def test_two_processes_learn_what_one_learns(here, run):
     """On the same global batch; each has its own share, in micro-batches."""
-    line = f"{TRAIN} --steps 4 --micro-batch 1"
+    line = f"{TRAIN} --steps 3 --micro-batch 1"
     run(f"{line} --out alone")
-    said = run_typed(f"{line} --out together", here, processes=2)
+    run_typed(f"{line} --out together", here, processes=2)
     assert losses("together") == pytest.approx(losses("alone"), rel=1e-3)
-    assert said.count("parameters, on") == 1 and said.count("for more pictures") == 1
     alone, together = (load_randar(f"{name}/randar.pt") for name in ("alone", "together"))
     for a, b in zip(alone.parameters(), together.parameters()):
         assert (a - b).abs().max() < 0.02 * a.abs().max() + 1e-4
 
 
-def test_a_mistake_of_many_processes_is_said_once(here):
-    line = "train.py --batch-size 3 --data tokens --steps 1 --out new"
-    process = subprocess.run(**typed(line, here, processes=2), timeout=120)
-    assert process.returncode != 0 and not (here / "new").exists()
-    assert process.stderr.count("--batch-size 3 cannot be shared by 2 processes") == 1
+@pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])
+def test_a_mistake_of_many_processes_is_said_once(here, run, monkeypatch, capsys, rank, lines):
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(border, "join_processes", lambda name: (rank, 2, torch.device("cpu")))
+    with pytest.raises(SystemExit, match="2"):
+        run("train.py --batch-size 3 --data tokens --steps 1 --out new")
+    said = capsys.readouterr().err
+    assert said.count("--batch-size 3 cannot be shared by 2 processes") == said.count("\n") == lines
+    assert not (here / "new").exists()
 
 
 @pytest.mark.parametrize("micro_batch", [2, 1])
@@ -314,22 +266,16 @@ def spoil(monkeypatch, steps):
     monkeypatch.setattr(RandAR, "forward", spoilt)
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_and_said(here, run, no_pictures, monkeypatch,
-                                                              capsys):
-    spoil(monkeypatch, steps=[1])
-    run(f"{TRAIN} --steps 3 --out spoilt")
-    assert "step 2 skipped: loss inf, norm of gradient nan" in capsys.readouterr().err
-    assert [line["step"] for line in log_of("spoilt")] == [1, 3]
-    assert all(p.isfinite().all() for p in load_randar("spoilt/randar.pt").parameters())
-
-
-def test_ten_such_steps_in_a_row_end_the_training_but_not_its_last_checkpoint(here, run,
-        no_pictures, monkeypatch, capsys):
-    spoil(monkeypatch, steps=[*range(2, 11), *range(12, 50)])  # nine in a row are too few
+def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_end_the_training(
+        here, run, no_pictures, monkeypatch, capsys):
+    spoil(monkeypatch, steps=[*range(1, 10), *range(11, 50)])  # nine in a row are too few
     with pytest.raises(SystemExit, match="2"):
-        run(f"{TRAIN} --steps 100 --picture-every 12 --out spoilt")
-    assert "10 steps skipped in a row: lower the --learning-rate" in capsys.readouterr().err
-    assert border.load("spoilt/training.pt")["step"] == 12
+        run(f"{TRAIN} --steps 100 --picture-every 11 --out spoilt")
+    said = capsys.readouterr().err
+    assert "step 2 skipped: the norm of its gradient is nan" in said
+    assert "ten steps were skipped: lower the --learning-rate" in said
+    assert [line["step"] for line in log_of("spoilt")] == [1, 11]
+    assert all(p.isfinite().all() for p in load_randar("spoilt/randar.pt").parameters())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,8 +314,9 @@ def test_ctrl_c_saves_and_the_resumed_training_of_the_toy_world_is_the_same(here
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         stop_in_step(patch, 2, signal.SIGINT)
         run(f"train.py --size tiny --steps 4 {SMALL} --out stopped")  # with no --data
-    said = capsys.readouterr().out
-    assert "saved step 2; to go on: python train.py --resume --out stopped" in said
+    said = capsys.readouterr()
+    assert "saved step 2; to go on: python train.py --resume --out stopped" in said.out
+    assert "stopping after this step" in said.err and not list(here.rglob("*.partial"))
     assert border.load("stopped/training.pt")["step"] == 2
     run("train.py --resume --out stopped")
     run(f"{TRAIN} --data stopped/tokens --steps 4 --out straight")
@@ -393,35 +340,14 @@ def test_stopped_after_any_step_it_goes_on_as_if_nothing_had_happened(
     assert same_training("stopped", "straight")
 
 
-def started(line, folder, after=0.0):
-    """A training in a new process, once it has written a checkpoint, and `after` more seconds."""
-    state = folder / line.split("--out ")[1] / "training.pt"
-    before = state.stat().st_mtime_ns if state.exists() else None
-    process, end = subprocess.Popen(**typed(line, folder)), time.time() + 90
-    while process.poll() is None and time.time() < end:
-        if state.exists() and state.stat().st_mtime_ns != before:
-            time.sleep(after)
-            break
-        time.sleep(0.02)
-    return process
-
-
-def test_a_clusters_preemption_is_obeyed_and_says_how_to_go_on(here, run):
-    process = started(f"{TRAIN} --steps 100000 --picture-every 1 --out stopped", here)
-    process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors
-    assert "stopping after this step" in errors
-    step = border.load("stopped/training.pt")["step"]
-    assert f"saved step {step:,}; to go on: python train.py --resume --out stopped" in out
-    assert not list(here.rglob("*.partial"))
-
-
 def test_killed_at_any_moment_it_goes_on_from_a_complete_checkpoint_to_the_same_end(here, run,
         no_pictures):
     """SIGKILL leaves no time for anything; each step saves, so that most kills hit a save."""
     line = f"{TRAIN} --descent 0 --steps 500 --picture-every 1 --out killed"
-    process = started(line, here, after=random.random())
+    process, end = subprocess.Popen(**typed(line, here)), time.time() + 90
+    while not (here / "killed" / "training.pt").exists() and time.time() < end:
+        time.sleep(0.02)
+    time.sleep(random.random() / 2)
     process.kill()
     process.communicate(timeout=60)
     step = border.load("killed/training.pt")["step"]
@@ -431,28 +357,16 @@ def test_killed_at_any_moment_it_goes_on_from_a_complete_checkpoint_to_the_same_
     assert losses("killed") == losses("straight")
 
 
-def test_killed_in_the_middle_of_a_save_the_last_complete_file_is_there(tmp_path):
-    """Ten times for real: the killed process does nothing but save."""
-    def save(step):
-        model = torch.from_numpy(np.full(10**6, step))  # torch.full's threads do not survive a fork
-        border.save({"step": step, "model": model}, tmp_path / "a.pt")
+def test_a_save_that_is_cut_short_leaves_the_last_complete_file(tmp_path):
+    def cut_short(partial):
+        partial.write_bytes(b"half of it")
+        raise KeyboardInterrupt
 
-    began, latest, cut_short = time.time(), 0, 0
-    save(latest)
-    seconds = time.time() - began
-    for _ in range(10):
-        child = os.fork()
-        if not child:
-            for step in range(latest + 1, 10**6):
-                save(step)
-        time.sleep(random.uniform(0.5, 4) * seconds)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        cut_short += (tmp_path / "a.pt.partial").exists()
-        content = border.load(tmp_path / "a.pt")
-        assert content["step"] >= latest and (content["model"] == content["step"]).all()
-        latest = content["step"]
-    assert cut_short > 0 and latest > 0  # or nothing was tested
+    border.save({"step": 1}, tmp_path / "a.pt")
+    with pytest.raises(KeyboardInterrupt):
+        border.write_safely(tmp_path / "a.pt", cut_short)
+    assert files_of(tmp_path).keys() == {tmp_path / "a.pt"}
+    assert border.load(tmp_path / "a.pt") == {"step": 1}
 
 
 def test_a_training_of_the_first_round_goes_on(here, run, no_pictures):
@@ -486,20 +400,16 @@ MISTAKES = {
     "--data photos": "python tokenizer.py encode --images photos --out tokens --tokenizer "
                      "vq_ds16_c2i.pt, then add --data tokens",
     "--size L": "--size L needs tokens of your images: python tokenizer.py encode",
-    "--data nowhere": "nowhere is no token folder",
     "--data tokens --tokenizer nowhere.pt": "no checkpoint at nowhere.pt",
-    "--data tokens --tokenizer other_tok.pt": "31 codes, .* made with 32: give --tokenizer",
+    "--data tokens --tokenizer other_tok.pt": "did not make the tokens: give --tokenizer",
     "--data tokens --size M": "'M' .*choose from",
     "--data tokens --size B": "--model randar has the sizes tiny, toy, L, XL, XXL",
-    "--data tokens --model rar --position dense": "RandAR alone has a --position",
-    "--data tokens --steps 0": "--steps: expected a whole number of at least 1, not '0'",
-    "--data tokens --anneal 0.7 0.3": "0 <= START <= END <= 1",
-    "--data tokens --out tok.pt/new": "cannot write into tok.pt/new .*--out",
-    "--data tokens --device nonsense": "cannot use device 'nonsense' .*: try --device cpu",
+    "--data tokens --model rar --position dense": "rar no --position",
+    "--data tokens --out tok.pt/new": "cannot write tok.pt/new/tokenizer.pt .*give another place",
     "--data tokens --out trained": "trained holds a training: add --resume",
     "--resume --out nowhere": "no checkpoint at nowhere/training.pt",
-    "--resume --out trained": "trained holds 1 steps already: ask for more with --steps",
-    "--resume --out trained --steps 2 --batch-size 8": "another training: leave --size",
+    "--resume --out trained": "trained holds 1 steps already: ask for more --steps",
+    "--resume --out trained --steps 2 --batch-size 8": "another training: leave its flags",
     "--resume --out trained --steps 2 --position dense": "trained holds another training",
     "--resume --out trained --steps 2 --size toy": "trained holds another training",
     "--resume --out weights --steps 2 --data tokens --size tiny": "weights holds another training",

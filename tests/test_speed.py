@@ -1,0 +1,59 @@
+"""What a training step costs, and what makes it cheaper: support/speed.py."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import V, seeded
+from torch.utils.flop_counter import FlopCounterMode
+
+from rar import KINDS
+from support import speed
+
+
+def small(kind):
+    """A model of each kind, in training mode, after a step's worth of noise on its zeros."""
+    torch.manual_seed(0)
+    model_class, config_class = KINDS[kind]
+    model = model_class(config_class((4, 4), V, 5, dim=32, n_layer=2, n_head=2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn(p.shape)
+    return model.train()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_operations_of_a_training_step_are_those_that_torch_counts(batch, kind):
+    model = small(kind)
+    with FlopCounterMode(display=False) as counted:
+        model(*batch)[1].backward()
+    assert math.isclose(3 * speed.training_flops(model), counted.get_total_flops(), rel_tol=0.15)
+
+
+def test_the_rate_of_matrix_products_is_that_of_this_machine():
+    cpu = torch.device("cpu")
+    slow, fast = (speed.matrix_rate(cpu, torch.float32, side=side) for side in (8, 512))
+    assert 1e6 < slow < fast < 1e14
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_activations_change_neither_loss_nor_gradients(batch, kind):
+    results = []
+    for checkpointed in (False, True):
+        model = small(kind)
+        if checkpointed:
+            speed.checkpoint_activations(model)
+        torch.manual_seed(0)  # dropout, too, must be the same when a layer is computed again
+        _, loss = model(*batch)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_attention_on_a_cpu_is_computed_in_float32_whatever_its_inputs_are():
+    q, k, v = torch.randn(3, 1, 2, 8, 4, generator=seeded(0)).bfloat16()  # [b, heads, n, D] each
+    with torch.autocast("cpu", torch.bfloat16):
+        y = speed.attention_in_float32(q, k, v, is_causal=True)
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected.bfloat16())
