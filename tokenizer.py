@@ -387,6 +387,8 @@ def train_command(args):
         images, validation = toy.make(40_000, seed=1)[0], toy.make(250, seed=2)[0]
     else:
         pixels = data.read_all(data.list_images(args.data)[0], args.image_size or toy.SIDE)
+        if len(pixels) < 2:
+            raise UserError(f"{args.data} has {len(pixels)} readable images: give two or more")
         pixels = pixels[torch.randperm(len(pixels)).numpy()]  # uint8 [n, H, W, 3]
         held_out = min(250, len(pixels) // 20 + 1)
         images, validation = pixels[held_out:], pixels[:held_out]
