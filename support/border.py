@@ -50,6 +50,8 @@ def one_line_errors():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a cluster says Ctrl-C
     try:
         yield
+        if dist.is_initialized():
+            dist.barrier()  # none leaves while another one may still be sending
     except UserError as error:  # all others pass: theirs is the traceback
         say("error: " + " ".join(str(error).split()))
         sys.exit(2)
