@@ -38,7 +38,8 @@ def interleaved(cases, device, seconds, what):
     """
     taken = {name: [] for name in cases}
     for i in range(6):
-        began = began if i > 1 else time.perf_counter()  # of the first round that counts
+        if i <= 1:
+            began = time.perf_counter()  # in the end, of the first round that counts
         for name, function in tqdm(cases.items(), desc=f"{what}, round {i} of 5", leave=False):
             started = time.perf_counter()
             function()

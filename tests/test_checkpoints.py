@@ -65,7 +65,8 @@ def test_every_kind_of_shipped_weights_opens_and_predicts_better_than_chance(nam
     model = load_randar(border.CHECKPOINTS / name)
     assert (model.order, model.kind) == (order, kind)
     assert model.class_names[1] == "fish" and model.config.grid == (8, 8)
-    tokens = model.generate(torch.arange(10), steps=-1, cfg=(1, 1), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    tokens = model.generate(torch.arange(10), steps=-1, cfg=(1, 1), generator=generator)
     raster = torch.arange(64).expand(10, -1) if order == "raster" else None
     assert model(tokens, torch.arange(10), raster)[1] < 3.5  # guessing among 512 codes: 6.24
 

@@ -1,4 +1,4 @@
-"""The commands as users type them: what README says parses, mistakes are one line, bugs keep their traceback."""
+"""The commands as users type them: README's parse, mistakes are one line, bugs keep their traceback."""
 
 import importlib
 import pathlib

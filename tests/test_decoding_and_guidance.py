@@ -6,7 +6,8 @@ from helpers import C, N, V, inputs_of, seeded, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import randar
-from randar import CLASS, DROPPED, NULL, ORDERS, Guidance, Sampling, generation_order, sample_tokens, step_sizes
+from randar import (CLASS, DROPPED, NULL, ORDERS, Guidance, Sampling, generation_order, sample_tokens,
+                    step_sizes)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import pytest
 import torch
 from golden import fill
 from helpers import GOLDEN, C, N, V, arguments_of, inputs_of, seeded
-from torch.utils.flop_counter import FlopCounterMode
 
 from randar import Config, load_randar, save_randar, step_sizes
 from rar import KINDS, RAR, RAR_SIZES, RARBlock, RARConfig, merge_embeddings, randomness
@@ -59,7 +58,8 @@ def test_a_token_has_an_influence_on_later_turns_only(batch, kind, turn):
     (tokens, classes, order), model = batch, small(kind)
     changed, here = tokens.clone(), order[:, turn : turn + 1]
     changed.scatter_(1, here, (tokens.gather(1, here) + 1) % V)
-    difference = abs(model(changed, classes, order)[0] - model(tokens, classes, order)[0]).amax(-1)  # [b, N] turns
+    one, other = model(changed, classes, order)[0], model(tokens, classes, order)[0]
+    difference = abs(one - other).amax(-1)  # [b, N] turns
     assert (difference[:, : turn + 1] == 0).all() and (difference[:, turn + 1 :] > 1e-6).all()
 
 
@@ -199,7 +199,8 @@ def test_generate_puts_what_decode_yields_where_it_belongs(batch, kind):
 
 @pytest.mark.parametrize("options, complaint", [
     (dict(steps=5), "decodes one token a step"), (dict(scg=2.0), "without spatial contextual guidance"),
-    (dict(angles=torch.zeros(16, 8)), "on its own grid"), (dict(power=-1), "power must be 0 .* or more, not -1")])
+    (dict(angles=torch.zeros(16, 8)), "on its own grid"),
+    (dict(power=-1), "power must be 0 .* or more, not -1")])
 @pytest.mark.parametrize("kind", ["rar", "merge"])
 def test_what_such_a_model_cannot_do_is_an_error_before_the_first_step(batch, kind, options, complaint):
     _, classes, order = batch
