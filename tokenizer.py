@@ -24,6 +24,7 @@ from tqdm import tqdm
 from support import border, checks, data, toy
 from support.border import UserError
 from support.pictures import from_uint8, picture_grid, save_picture, to_uint8
+from support.speed import mixed_precision
 
 
 @dataclass
@@ -330,7 +331,6 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, st
     validation: uint8 [m, H, W, 3], for the quality that the progress bar shows.
     """
     device = next(tokenizer.parameters()).device
-    precision = border.fast_precision(device)
     validation = from_uint8(validation).to(device)  # [m, 3, H, W] in [-1, 1]
     used = torch.zeros(tokenizer.config.codebook_size, dtype=torch.bool, device=device)  # [V]
 
@@ -343,7 +343,7 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, st
     for step in bar:
         chosen = torch.randint(len(images), (batch_size,)).numpy()  # [b]
         batch = from_uint8(images[chosen]).to(device)  # [b, 3, H, W]
-        with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+        with mixed_precision(device):
             latents = tokenizer.latents(batch)  # [b, h, w, code_dim]
             codes, tokens, codebook_loss, commitment_loss = tokenizer.quantize(latents)
             painted = tokenizer.paint(codes)  # [b, 3, H, W]

@@ -1,5 +1,4 @@
-"""RAR and RandAR's ablations as a specification: the sequence, annealing, decoding token by token, files, and
-the commands, which treat all of them alike."""
+"""RAR and RandAR's ablations as a specification: the sequence, annealing, decoding token by token, files."""
 
 import json
 import math
