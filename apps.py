@@ -255,6 +255,14 @@ def extrapolate(model, tokenizer, classes, factor=2, hierarchical=True, frequenc
     return tokenizer.decode(tokens, large), tokens
 
 
+PARTS = {  # what differs from the whole method, in the order of the paper's argument (Fig. 6)
+    "naive": dict(hierarchical=False, frequencies=0, scg=1.0),
+    "+ hierarchical order": dict(frequencies=0, scg=1.0),
+    "+ frequency mix": dict(scg=1.0),
+    "+ SCG": dict(),
+    "all but the mix": dict(frequencies=0)}
+
+
 # ------------------------------------------------------------------------------------------------
 # Bi-directional features (Sec. 3.4.4)
 #
@@ -483,19 +491,11 @@ def extrapolate_command(args, model, tokenizer, names):
     classes = [chosen[i % len(chosen)] for i in range(args.number)]
     classes = torch.tensor(classes, device=args.device)
 
-    # What differs from the whole method, in the order of the paper's argument.
-    variants = {
-        "step 1": dict(factor=1),
-        "naive": dict(hierarchical=False, frequencies=0, scg=1.0),
-        "+ hierarchical order": dict(frequencies=0, scg=1.0),
-        "+ frequency mix": dict(scg=1.0),
-        "+ SCG": dict(),
-        "all but the mix": dict(frequencies=0)}
     whole = dict(factor=args.factor, frequencies=args.frequencies) | decoding_options(args)
-    for row, changes in variants.items():
+    for row, changes in ({"step 1": dict(factor=1)} | PARTS).items():
         options = whole | changes | dict(generator=seeded(args, args.seed))
         images, _ = extrapolate(model, tokenizer, classes, **options)
-        yield row, F.interpolate(images, scale_factor=args.factor // options["factor"]), classes
+        yield row, images, classes
 
 
 def correspond_command(args, model, tokenizer, names):
@@ -568,16 +568,19 @@ def main():
         names = names_of_classes(model.class_names, model.config.num_classes)
 
         rows = list(tqdm(args.run(args, model, tokenizer, names), unit=" rows", delay=1))
-        pixels = np.concatenate([pictures.to_uint8(images[:SHOWN]) for _, images, _ in rows])
-        zoom = max(1, 128 // min(pixels.shape[1:3]))  # the toy world's have 32 x 32 pixels
-        pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
-        sheet = pictures.picture_grid(pixels, [label for label, _, _ in rows])
+        height = max(images.shape[2] for _, images, _ in rows)  # pixels; step 1 has fewer
+        height *= max(1, 128 // height)  # small pictures are enlarged
+        shown = []
+        for _, images, _ in rows:
+            zoom = height // images.shape[2]
+            shown.append(pictures.to_uint8(images[:SHOWN]).repeat(zoom, 1).repeat(zoom, 2))
+        sheet = pictures.picture_grid(np.concatenate(shown), [label for label, _, _ in rows])
         pictures.save_picture(sheet, args.out)
         print(f"wrote {args.out}, up to {SHOWN} pictures of each row")
+        side = model.config.grid[0] * tokenizer.config.downsampling
         for label, images, classes in rows:
             if classes is not None:
-                seen = F.adaptive_avg_pool2d(images, toy.SIDE)  # as large as the judge knows them
-                say_verdict(label, seen, classes, model.class_names)
+                say_verdict(label, images, classes, model, side)
 
 
 if __name__ == "__main__":

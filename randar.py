@@ -48,13 +48,15 @@ class Config:
     dim: int = 1024  # d: width
     n_layer: int = 24
     n_head: int = 16
-    dropout: float = 0.1  # of token embeddings (the paper) and of layers' outputs (released code)
+    token_dropout: float = 0.1  # of token embeddings (Sec. 4.1)
+    dropout: float = 0.1  # of layers' outputs (released code)
     class_dropout: float = 0.1  # how often training hides the class, for classifier-free guidance
 
 
 SIZES = {  # for example Config(**SIZES["XL"], grid=(16, 16), vocab_size=16384, num_classes=1000)
-    "tiny": dict(dim=64, n_layer=4, n_head=2, dropout=0.0),  # ours, 0.3M: what does size do?
-    "toy": dict(dim=128, n_layer=4, n_head=4, dropout=0.0),  # ours, 1.2M: too few to overfit
+    "tiny": dict(dim=64, n_layer=4, n_head=2, token_dropout=0.0, dropout=0.0),  # ours, 0.3M
+    "toy": dict(dim=128, n_layer=4, n_head=4, token_dropout=0.0, dropout=0.0),  # ours, 1.2M
+    "fine": dict(dim=192, n_layer=6, n_head=3, dropout=0.0),  # ours, 2.9M, for the fine world
     "L": dict(dim=1024, n_layer=24, n_head=16),  # 343M, as all below of Table A
     "XL": dict(dim=1280, n_layer=36, n_head=20),  # 775M
     "XXL": dict(dim=1536, n_layer=48, n_head=24),  # 1.4B
@@ -360,7 +362,7 @@ class RandAR(nn.Module):
         cos_sin = torch.stack([angles.cos(), angles.sin()], dim=-1)[order]  # [b, n, D / 2, 2]
         instructions = self.position_instruction_tokens(cos_sin, order)  # P: [b, n, d]
         image_tokens = self.tok_embeddings(tokens.gather(1, order))  # x, in turns: [b, n, d]
-        image_tokens = F.dropout(image_tokens, self.config.dropout, self.training)
+        image_tokens = F.dropout(image_tokens, self.config.token_dropout, self.training)
         pairs = torch.stack([instructions, image_tokens], dim=2).flatten(1, 2)  # P_1, x_1, ...
         class_token = self.cls_embedding.embedding_table(classes)[:, None]  # [b, 1, d]
 

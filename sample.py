@@ -14,6 +14,7 @@ import zipfile
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from randar import ORDERS, load_randar
@@ -204,13 +205,18 @@ def write_pictures(args, rows, names, f):
         print(f"wrote {path}")
 
 
-def say_verdict(name, images, classes, class_names):
-    """In which share of toy images [n, 3, 32, 32] does the judge see their classes, n ints?"""
-    if class_names == toy.CLASSES and len(images) > 1:
+def say_verdict(name, images, classes, model, side):
+    """What the judge says of a toy world's images [n, 3, S, S] and their classes, n ints.
+
+    side: of the pictures of the model's world, in pixels; it has learned their multiples, or none.
+    """
+    sides = next((sides for sides in judge.SIDES.values() if side in sides), ())
+    if model.class_names == toy.CLASSES and sides and len(images) > 1:
+        if images.shape[-1] not in sides:
+            images = F.adaptive_avg_pool2d(images, side)
         verdict = judge.judge(images, classes)
-        print(f"{name}: judge {verdict['accuracy']:.1%} of {len(images)}")
-        if len(images) >= 500:  # of fewer it would be noise
-            print(f"Frechet distance to the toy world {verdict['frechet']:.2f} (1,000 fresh: 0.26)")
+        print(f"{name}: judge {verdict['accuracy']:.1%} of {len(images)}, "
+              f"Frechet {verdict['frechet']:.2f}")
 
 
 def main():
@@ -248,7 +254,7 @@ def main():
             write_pictures(args, rows, names, f)
             labels = [label for label, row in rows.items() for _ in row]
             images = np.stack([pixels for row in rows.values() for pixels, _ in row])
-            say_verdict("samples", pictures.from_uint8(images), labels, model.class_names)
+            say_verdict("samples", pictures.from_uint8(images), labels, model, f * h)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A VQGAN (arXiv 2012.09841, in LlamaGen's form, 2406.06525) squeezes an image int
 vectors, replaces each by the nearest of a fixed list of *codes*, the codebook, and paints the image
 back from the codes. The number of a code is the *token*.
 
-    python tokenizer.py train  [--data DIR]            on the toy world or a folder of class folders
+    python tokenizer.py train  [--data fine]           on a toy world, or --data DIR: class folders
     python tokenizer.py encode --images DIR --out DIR  a folder of class folders -> a token folder
     python tokenizer.py pack   --tokens DIR --out DIR  released ImageNet tokens -> a token folder
 
@@ -103,13 +103,14 @@ class SpatialAttention(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, from widths[0] to widths[1] channels and so on."""
+    """Residual blocks of one resolution; the first brings the channels from c_in to c_out."""
 
-    def __init__(self, config, widths, lowest):
+    def __init__(self, config, c_in, c_out, blocks, lowest):
         super().__init__()
+        widths = pairwise([c_in] + blocks * [c_out])
         attention = SpatialAttention if lowest and config.attention else nn.Identity
-        self.res = nn.ModuleList(ResidualBlock(i, o, config.maskgit) for i, o in pairwise(widths))
-        self.attn = nn.ModuleList(attention(width) for width in widths[1:])
+        self.res = nn.ModuleList(ResidualBlock(i, o, config.maskgit) for i, o in widths)
+        self.attn = nn.ModuleList(attention(c_out) for _ in range(blocks))
         self.downsample, self.upsample = nn.Sequential(), nn.Sequential()  # filled below
 
     def forward(self, x):
@@ -127,10 +128,7 @@ def middle(config, width):
 
 
 class Encoder(nn.Sequential):
-    """Pixels [b, 3, H, W] -> latents [b, latent_channels, h, w]: each level halves, but the last.
-
-    A Sequential runs its parts in the order in which they are made here.
-    """
+    """Pixels [b, 3, H, W] -> latents [b, latent_channels, h, w], part by part as made here."""
 
     def __init__(self, config):
         super().__init__()
@@ -138,15 +136,13 @@ class Encoder(nn.Sequential):
         self.conv_in = nn.Conv2d(3, width, 3, padding=1, bias=not config.maskgit)
         self.conv_blocks = nn.Sequential()
         for i, multiplier in enumerate(config.multipliers):
-            # The first block of a level brings the channels to its width.
-            widths = [width] + [config.channels * multiplier] * config.residual_blocks
-            width = widths[-1]
-            level = Level(config, widths, lowest=i == last)
-            if i < last and config.maskgit:
+            c_in, width = width, config.channels * multiplier
+            level = Level(config, c_in, width, config.residual_blocks, lowest=i == last)
+            if i < last and config.maskgit:  # all levels but the last halve
                 level.downsample.append(nn.AvgPool2d(2))
             elif i < last:
-                level.downsample.add_module("pad", nn.ZeroPad2d((0, 1, 0, 1)))  # as in LlamaGen
-                level.downsample.add_module("conv", nn.Conv2d(width, width, 3, stride=2))
+                level.downsample.pad = nn.ZeroPad2d((0, 1, 0, 1))  # as in LlamaGen
+                level.downsample.conv = nn.Conv2d(width, width, 3, stride=2)
             self.conv_blocks.append(level)
 
         self.mid = middle(config, width)
@@ -156,25 +152,21 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Latents [b, latent_channels, h, w] -> pixels [b, 3, H, W]: the encoder's mirror.
-
-    LlamaGen's has one block more in each level, for the harder task.
-    """
+    """Latents [b, latent_channels, h, w] -> pixels [b, 3, H, W]: the encoder's mirror."""
 
     def __init__(self, config):
         super().__init__()
         width, last = config.channels * config.multipliers[-1], len(config.multipliers) - 1
-        blocks = config.residual_blocks + (0 if config.maskgit else 1)
+        blocks = config.residual_blocks + (not config.maskgit)  # LlamaGen: one more
         self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
         self.mid = middle(config, width)
         self.conv_blocks = nn.Sequential()
         for i, multiplier in enumerate(reversed(config.multipliers)):
-            widths = [width] + [config.channels * multiplier] * blocks
-            width = widths[-1]
-            level = Level(config, widths, lowest=i == 0)
+            c_in, width = width, config.channels * multiplier
+            level = Level(config, c_in, width, blocks, lowest=i == 0)
             if i < last:  # every pixel four times, then a convolution
-                level.upsample.add_module("repeat", nn.Upsample(scale_factor=2.0))
-                level.upsample.add_module("conv", nn.Conv2d(width, width, 3, padding=1))
+                level.upsample.repeat = nn.Upsample(scale_factor=2.0)
+                level.upsample.conv = nn.Conv2d(width, width, 3, padding=1)
             self.conv_blocks.append(level)
 
         self.norm_out, self.swish = group_norm(width), nn.SiLU()
@@ -242,8 +234,8 @@ class Tokenizer(nn.Module):
         """[b, 3, H, W] -> what the codebook is to round, [b, h, w, code_dim]. UserError."""
         f = self.config.downsampling
         if images.shape[-2] % f or images.shape[-1] % f:
-            raise UserError(f"expected images [b, 3, H, W] with H and W multiples of {f}, got "
-                            f"{list(images.shape)}: crop or resize them")
+            got = list(images.shape)
+            raise UserError(f"expected H and W multiples of {f}, got {got}: crop or resize them")
         if self.config.maskgit:
             images = (images + 1) / 2  # it was trained on [0, 1]
         return self.quant_conv(self.encoder(images)).permute(0, 2, 3, 1)
@@ -274,8 +266,7 @@ def recognise(content, path):
     """(Tokenizer, config) of a file's content: ours, LlamaGen's or MaskGIT's; else UserError."""
     state = content.get("model", content)
     if "quantize.embedding.weight" not in state:
-        raise UserError(f"{path} holds no tokenizer: give a file of python tokenizer.py train, "
-                        "LlamaGen's vq_ds16_c2i.pt or MaskGIT's maskgit-vqgan-imagenet-f16-256.bin")
+        raise UserError(f"{path} holds no tokenizer: give one of ours, LlamaGen's or MaskGIT's")
 
     # Parameters have LlamaGen's names. MaskGIT's decoder counts levels from the image on.
     names = {"encoder.down.": "encoder.conv_blocks.", ".block.": ".res.",
@@ -286,14 +277,14 @@ def recognise(content, path):
     state.pop("quantize.codebook_used", None)  # LlamaGen's statistics of its training
     content["model"] = state
 
-    maskgit = "quant_conv.weight" not in state  # nothing between its encoder and codes
-    config = MASKGIT_VQ16 if maskgit else LLAMAGEN_VQ16
-    if "config" in content:
-        settings = content["config"] | {"maskgit": maskgit}
+    if "config" in content:  # ours
+        settings = content["config"]
         if "codes" in settings:  # so our first files call it
             settings["codebook_size"] = settings.pop("codes")
-        config = TokenizerConfig(**settings)
-    return Tokenizer, config
+        return Tokenizer, TokenizerConfig(**settings)
+
+    # Nothing stands between MaskGIT's encoder and its codes.
+    return Tokenizer, LLAMAGEN_VQ16 if "quant_conv.weight" in state else MASKGIT_VQ16
 
 
 def load_tokenizer(path, device="cpu"):
@@ -324,11 +315,10 @@ def reseed_dead_codes(codebook, latents, used):
     codebook.embedding.weight[dead] = F.normalize(chosen.float(), dim=-1)
 
 
-def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, stop=()):
+def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64):
     """Train to repaint images uint8 [n, H, W, 3], with L1 + L2 and the codebook's two losses.
 
-    Writes `out` every 250 steps and at the end, which comes early once `stop` is not empty.
-    validation: uint8 [m, H, W, 3], for the quality that the progress bar shows.
+    Every 250 steps and at the end it writes `out` and measures validation, uint8 [m, H, W, 3].
     """
     device = next(tokenizer.parameters()).device
     validation = from_uint8(validation).to(device)  # [m, 3, H, W] in [-1, 1]
@@ -363,13 +353,11 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, st
             reseed_dead_codes(tokenizer.quantize, latents.flatten(0, 2), used)
             used.zero_()
 
-        if step % 250 == 0 or step == steps or stop:
+        if step % 250 == 0 or step == steps:
             tokens = tokenizer.encode(validation)  # [m, N]
             quality = psnr(validation, tokenizer.decode(tokens)).mean()
             bar.set_postfix_str(f"PSNR {quality:.2f} dB, {len(tokens.unique())} codes in use")
             save_tokenizer(tokenizer, out)
-        if stop:
-            break
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,11 +370,12 @@ def train_command(args):
     border.writable_folder(out.parent)
     torch.manual_seed(args.seed)
 
-    # What it learns from, and what it is measured on: 5%, at most 250.
-    if args.data is None:
-        images, validation = toy.make(40_000, seed=1)[0], toy.make(250, seed=2)[0]
+    # What it learns from, and what it is measured on: of a folder 5%, at most 250.
+    if args.data in toy.WORLDS:
+        images = toy.make(40_000, seed=1, world=args.data)[0]  # uint8 [n, H, W, 3]
+        validation = toy.make(250, seed=2, world=args.data)[0]
     else:
-        pixels = data.read_all(data.list_images(args.data)[0], args.image_size or toy.SIDE)
+        pixels = data.read_all(data.list_images(args.data)[0], args.image_size)
         if len(pixels) < 2:
             raise UserError(f"{args.data} has {len(pixels)} readable images: give two or more")
         pixels = pixels[torch.randperm(len(pixels)).numpy()]  # uint8 [n, H, W, 3]
@@ -394,7 +383,7 @@ def train_command(args):
         images, validation = pixels[held_out:], pixels[:held_out]
 
     tokenizer = Tokenizer(TokenizerConfig(image_size=images.shape[1])).to(device)
-    train_tokenizer(tokenizer, images, validation, args.steps, out, stop=border.stop_at_signal())
+    train_tokenizer(tokenizer, images, validation, args.steps, out)
 
     shown = from_uint8(validation[:10]).to(device)  # [10, 3, H, W]
     painted = tokenizer.decode(tokenizer.encode(shown))
@@ -407,33 +396,33 @@ def main():
     """The commands and their flags."""
     parser = border.command_line(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode|pack")
+
     train = commands.add_parser("train", help="train a small tokenizer")
-    train.add_argument("--data", help="a folder of class folders (default: the toy world)")
+    train.add_argument("--data", default="plain",
+                       help="plain (default) or fine: a toy world; else a folder of class folders")
+    train.add_argument("--image-size", type=border.positive_int, default=32, help="default: 32")
     train.add_argument("--steps", type=border.positive_int, default=3500, help="default: 3500")
-    train.add_argument("--out", default="my/tokenizer.pt", help="default: my/tokenizer.pt")
     train.add_argument("--seed", type=border.seed, default=0)
+    train.add_argument("--out", default="my/tokenizer.pt", help="default: my/tokenizer.pt")
+    train.add_argument("--device", help="default: a GPU where there is one")
 
     # Images become tokens.
     encode = commands.add_parser("encode", help="turn a folder of images into a token folder")
     encode.add_argument("--images", required=True, help="a folder of class folders of images")
-    encode.add_argument("--tokenizer", default=border.CHECKPOINTS / "tokenizer.pt",
-                        help="default: the toy world's")
+    encode.add_argument("--image-size", type=border.positive_int, help="default: the tokenizer's")
     encode.add_argument("--crops", type=int, choices=(1, 2, 10), default=2,
                         help="1: the centre; 2 (default): and its mirror image; 10: the paper's")
     encode.add_argument("--batch-size", type=border.positive_int, default=64, help="default: 64")
+    encode.add_argument("--tokenizer", default=border.CHECKPOINTS / "tokenizer.pt",
+                        help="default: the toy world's")
+    encode.add_argument("--out", required=True, help="the token folder to write")
+    encode.add_argument("--device", help="default: a GPU where there is one")
 
     # The released tokens are tokens already.
     pack = commands.add_parser("pack", help="turn the released ImageNet tokens into a token folder")
     pack.add_argument("--tokens", required=True, help="a folder of folders 0, 1, ... of .npy files")
     pack.add_argument("--tokenizer", required=True, help="the one that made the tokens")
-
-    # Flags that two commands share
-    for command in (encode, pack):
-        command.add_argument("--out", required=True, help="the token folder to write")
-        command.add_argument("--workers", type=border.whole_number, help="threads that read files")
-    for command in (train, encode):
-        command.add_argument("--image-size", type=border.positive_int, help="default: its own")
-        command.add_argument("--device", help="default: a GPU where there is one")
+    pack.add_argument("--out", required=True, help="the token folder to write")
     args = parser.parse_args()
 
     # Encoding and packing, if interrupted, go on when the same command is given again.
@@ -442,13 +431,11 @@ def main():
             train_command(args)
         elif args.command == "encode":
             tokenizer = load_tokenizer(args.tokenizer, border.pick_device(args.device))
-            images, labels, names = data.list_images(args.images)
-            data.encode_images(images, labels, names, tokenizer, args.tokenizer, args.out,
+            data.encode_images(*data.list_images(args.images), tokenizer, args.tokenizer, args.out,
                                pathlib.Path(args.images).resolve(), args.image_size, args.crops,
-                               args.batch_size, args.workers)
+                               args.batch_size)
         else:
-            tokenizer = load_tokenizer(args.tokenizer)
-            data.pack_tokens(args.tokens, tokenizer, args.tokenizer, args.out, args.workers)
+            data.pack_tokens(args.tokens, load_tokenizer(args.tokenizer), args.tokenizer, args.out)
 
 
 if __name__ == "__main__":

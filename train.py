@@ -1,9 +1,9 @@
 """Train a RandAR: python train.py
 
-Without arguments: a small model on the toy world, pictures within minutes. --size L --data TOKENS
-is the paper's recipe (Sec. 4.1), --model rar trains RAR, --position dense or merge an ablation of
-RandAR. On many GPUs: torchrun --nproc-per-node 8 train.py --size XXL --data TOKENS. What appears in
-the folder --out:
+Without arguments: a small model on a world that we draw, pictures within minutes; --data fine
+--size fine is a richer world. --size L --data TOKENS is the paper's recipe (Sec. 4.1), --model rar
+trains RAR, --position dense or merge an ablation of RandAR. On many GPUs: torchrun --nproc-per-node
+8 train.py --size XXL --data TOKENS. What appears in the folder --out:
 
     randar.pt (rar.pt)   the weights                   samples.png   what the model draws now
     training.pt          all of it, for --resume       loss.png      the curves
@@ -33,7 +33,7 @@ from tokenizer import load_tokenizer
 # The recipe
 #
 # The numbers are the paper's (Sec. 4.1), but gradient clipping and dropout in layers: these are the
-# released code's. The toy world takes a larger step, and so small a model need not forget anything.
+# released code's. Small models take larger steps, and in the plain world need not forget anything.
 
 RECIPE = {  # flag: (default, type, text)
     "steps": (360_000, positive_int, "training steps"),
@@ -44,14 +44,16 @@ RECIPE = {  # flag: (default, type, text)
     "descent": (1 / 6, fraction, "share of the steps in which it falls"),
     "weight_decay": (0.05, fraction, "of matrices"),
     "grad_clip": (1.0, positive_float, "largest norm of the gradient"),
-    "dropout": (0.1, fraction, "of token embeddings and of layers' outputs"),
+    "token_dropout": (0.1, fraction, "of token embeddings"),
+    "dropout": (0.1, fraction, "of layers' outputs"),
     "class_dropout": (0.1, fraction, "how often the class is hidden"),
     "picture_every": (500, positive_int, "steps to a checkpoint, held-out loss and pictures"),
 }
 TOY = {"steps": 1200, "batch_size": 64, "micro_batch": 64, "learning_rate": 3e-3, "dropout": 0.0,
-       "picture_every": 250}  # instead, for the sizes
+       "token_dropout": 0.0, "picture_every": 250}  # instead, for the sizes
+TOY_SIZES = {"tiny": TOY, "toy": TOY, "fine": TOY | {"token_dropout": 0.1}}
 SIZES_OF = {"randar": SIZES, "rar": RAR_SIZES}
-TOY_SIZES, TOY_IMAGES = ("tiny", "toy"), 40_000
+DRAWN = {"plain": 40_000, "fine": 100_000}  # pictures of each of toy.WORLDS
 
 
 def learning_rate(step, steps, peak, last=1e-5, descent=1 / 6):
@@ -77,21 +79,23 @@ def make_optimizer(model, peak, weight_decay=0.05):
 
 
 def open_tokens(args, rank, processes, device):
-    """The TokenFolder of --data, or the toy world: drawn and encoded once, into OUT/tokens."""
-    folder = pathlib.Path(args.data or f"{args.out}/tokens")
-    # Only the toy sizes have a world of their own: ImageNet's recipe on it would take weeks to
-    # learn by heart what the smallest model learns in minutes.
-    pictures_only = args.data and folder.is_dir() and not (folder / "meta.json").is_file()
-    if pictures_only or (args.data is None and args.size not in TOY_SIZES):
+    """The TokenFolder of --data; a drawn world is drawn and encoded once, into OUT/tokens."""
+    world, folder = args.data or "plain", pathlib.Path(args.out, "tokens")
+    drawn, read = world in DRAWN, pathlib.Path(world, "meta.json").is_file()
+    # ImageNet's recipe would take weeks to learn by heart what a small model learns in minutes.
+    if not read and (not drawn or args.size not in TOY_SIZES):
         raise UserError(f"--size {args.size} needs tokens of your images: python tokenizer.py "
                         f"encode --images {args.data or 'IMAGES'} --out tokens --tokenizer "
                         f"{args.tokenizer or 'vq_ds16_c2i.pt'}, then add --data tokens")
+    if not drawn:
+        return data.TokenFolder(world)
 
-    if args.data is None and rank == 0 and not (folder / "labels.npy").is_file():
-        path = args.tokenizer or border.CHECKPOINTS / "tokenizer.pt"
+    if rank == 0 and not (folder / "labels.npy").is_file():
+        path = args.tokenizer or toy.folder(world) / "tokenizer.pt"
         tokenizer = load_tokenizer(path, device)
-        images, labels, _ = toy.make(TOY_IMAGES, seed=0)
-        data.encode_images(images, labels, toy.CLASSES, tokenizer, path, folder, crops=1)
+        images, labels, _ = toy.make(DRAWN[world], seed=0, world=world)
+        data.encode_images(images, labels, toy.CLASSES, tokenizer, path, folder,
+                           size=images.shape[1], crops=1)
     if processes > 1:
         dist.barrier()  # this was the work of one; the others wait
     return data.TokenFolder(folder)
@@ -130,13 +134,14 @@ def train(args):
     model, optimizer, tokens, tokenizer, state = open_run(args, rank, processes, device)
     share = args.batch_size // processes  # of each batch, as many images
     part = slice(rank * share, (rank + 1) * share)  # and these
-    stop, bad_steps = border.stop_at_signal(), 0  # stop: empty until Ctrl-C or SIGTERM
+    stop = border.stop_at_signal()  # empty until Ctrl-C or SIGTERM
 
     # The model as the loop calls it: of many processes, compiled
     network = model
     if processes > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    network = torch.compile(network) if border.can_compile(device) else network
+    if border.can_compile(device):
+        network = torch.compile(network)
 
     bar = tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps,
                unit="step", dynamic_ncols=True, disable=rank > 0)
@@ -167,18 +172,16 @@ def train(args):
 
         # A gradient that is not finite would spoil the weights for good: skip the step.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        bad_steps = 0 if norm.isfinite() else bad_steps + 1
-        if bad_steps == 10:  # in a row
-            raise UserError("ten steps were skipped: lower the --learning-rate")
-        if bad_steps:
-            border.say(f"step {step + 1} skipped: the norm of its gradient is {norm:g}")
-        else:
+        if norm.isfinite():
             optimizer.step()
-            state["losses"].append(step_loss)
+        else:
+            border.say(f"step {step + 1} skipped, its gradient is {norm:g}: often? lower the "
+                       "--learning-rate")
         optimizer.zero_grad(set_to_none=True)
 
         # What people watch is the work of the first process alone.
         state["step"] = step + 1
+        state["losses"].append(step_loss)
         state["seconds"] += time.perf_counter() - started
         if rank == 0:
             report(model, optimizer, tokens, tokenizer, state, args, bar, asked_to_stop)
@@ -194,17 +197,17 @@ def report(model, optimizer, tokens, tokenizer, state, args, bar, asked_to_stop)
     """After a step, in one process: a line of the log, files and pictures, when they are due."""
     step, out = state["step"], args.out
     checkpoint = step == args.steps or step % args.picture_every == 0
-    if state["losses"] and (checkpoint or step % args.report == 0):
-        # A line is about all steps since the last one; the time of pictures does not count.
+    if checkpoint or step % args.report == 0:
+        # All steps since the last line count, the time of pictures does not.
         speed = args.batch_size * len(state["losses"]) / state["seconds"]  # images a second
-        line = {"step": step, "images": step * args.batch_size, "loss": fmean(state["losses"]),
-                "learning_rate": optimizer.param_groups[0]["lr"]} | throughput(model, speed)
-        state |= {"losses": [], "seconds": 0.0}
-        bar.set_postfix({name: line[name] for name in line if name not in ("step", "images")})
+        line = {"loss": fmean(state["losses"]), "learning_rate": optimizer.param_groups[0]["lr"]}
+        line |= throughput(model, speed)
+        bar.set_postfix(line)
         if checkpoint and len(tokens.held_out_rows) > 0:
             line["held_out_loss"] = held_out_loss(model, tokens, args)
             bar.set_description(f"held-out loss {line['held_out_loss']:.3f}")
-        state["log"].append(line)
+        state["log"].append({"step": step, "images": step * args.batch_size} | line)
+        state |= {"losses": [], "seconds": 0.0}
 
     # The first file alone is enough to go on: after a crash the next checkpoint mends the others.
     if checkpoint or asked_to_stop:
@@ -245,7 +248,7 @@ def held_out_loss(model, tokens, args):
 
 def draw_samples(model, tokenizer, args, title):
     """Eight samples of ten classes; always the same classes, orders, random numbers, to compare."""
-    labels = classes.spread_classes(range(model.null_class), rows=10, columns=8)  # [80]
+    labels = classes.spread_classes(range(model.null_class))  # [80]
     torch.manual_seed(args.seed)
     model.eval()
     tokens = model.generate(labels.to(next(model.parameters()).device))  # [80, N]
@@ -291,11 +294,12 @@ def open_run(args, rank, processes, device):
     if tokenizer.config.codebook_size != tokens.codebook_size:
         raise UserError(f"{path} did not make the tokens: give --tokenizer the one that did")
 
-    # A model that knows nothing yet
+    # A model that knows nothing yet. Of the flags, dropouts are part of its config.
     torch.manual_seed(args.seed)
     kind = "rar" if args.model == "rar" else args.position
     model_class, config_class = KINDS[kind]
-    shape = sizes[args.size] | {"dropout": args.dropout, "class_dropout": args.class_dropout}
+    flags = {name: x for name, x in vars(args).items() if hasattr(config_class, name)}
+    shape = sizes[args.size] | flags
     config = config_class(tokens.grid, tokens.codebook_size, len(tokens.class_names), **shape)
     model = model_class(config).to(device).train()
     model.order, model.class_names = args.order, tokens.class_names
@@ -304,27 +308,24 @@ def open_run(args, rank, processes, device):
     if device.type == "cpu":
         speed_up_cpu()
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
-    state = {"step": 0, "log": [], "losses": [], "seconds": 0.0}
 
-    # What it has learnt before. All that is compared decides what a training is.
+    # What it has learnt before. Files of earlier versions lack some of these facts.
+    state = {"step": 0, "log": [], "losses": [], "seconds": 0.0}
     if args.resume:
         saved = border.load(f"{args.out}/training.pt", device)
-        same = saved["config"] == vars(config) and saved.get("kind", "rope") == kind
-        for name in ("batch_size", "seed", "order", "anneal"):
-            same = same and saved.get("settings", {}).get(name) == getattr(args, name)
-        if not same:
+        if saved.get("kind", "rope") != kind or not saved["config"].items() <= vars(config).items():
             raise UserError(f"{args.out} holds another training: leave its flags, or change --out")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state |= {name: saved[name] for name in state if name in saved}  # the first had no seconds
+        state |= {name: saved[name] for name in state if name in saved}
     if state["step"] >= args.steps:
         raise UserError(f"{args.out} holds {state['step']} steps already: ask for more --steps")
 
     if rank == 0:
         border.write_safely(f"{args.out}/tokenizer.pt", lambda new: shutil.copy(path, new))
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    border.say(f"{type(model).__name__}-{args.size}, {millions:.1f}M parameters, {len(tokens):,} "
-               f"images; pictures will be in {args.out}; the first step may take a minute")
+    parameters = sum(p.numel() for p in model.parameters())
+    border.say(f"{parameters / 1e6:.1f}M parameters, {len(tokens):,} images; pictures will be in "
+               f"{args.out}; the first step may take a minute")
     return model, optimizer, tokens, tokenizer, state
 
 
@@ -339,8 +340,8 @@ def main():
     add("--model", default="randar", choices=SIZES_OF, help="(default: randar)")
     add("--size", default="toy", choices=SIZES | RAR_SIZES, help="(default: toy; B: RAR's)")
     add("--position", default="rope", choices=("rope", "dense", "merge"), help="(default: rope)")
-    add("--data", help="token folder (default: the toy world)")
-    add("--tokenizer", help="(default: what made the tokens; for the toy world, ours)")
+    add("--data", help="token folder, or a world that we draw: plain, fine (default: plain)")
+    add("--tokenizer", help="(default: what made the tokens; for drawn worlds, ours)")
     add("--out", default="out", help="folder for weights and pictures (default: out)")
     add("--resume", action="store_true", help="go on with the training in --out")
     add("--order", choices=ORDERS, metavar="ORDER", type=lambda name: name.replace("-", "_"),
@@ -361,14 +362,11 @@ def main():
     with border.one_line_errors():
         # Other defaults: of the toy sizes, of RAR (its Sec. 3.2), of the training that goes on
         path = pathlib.Path(args.out) / "training.pt"
-        if args.size in TOY_SIZES:
-            parser.set_defaults(**TOY)
+        parser.set_defaults(**TOY_SIZES.get(args.size, {}))
         if args.model == "rar":
             parser.set_defaults(anneal=[0.5, 0.75])  # the last quarter is in raster order
         if args.resume:
-            settings = border.load(path).get("settings", {})
-            older = {"clip": "grad_clip", "last_learning_rate": "min_lr"}  # names in first files
-            parser.set_defaults(**{older.get(name, name): x for name, x in settings.items()})
+            parser.set_defaults(**border.load(path).get("settings", {}))
             parser.set_defaults(out=args.out, tokenizer=f"{args.out}/tokenizer.pt")  # the copy
         elif path.exists():
             raise UserError(f"{args.out} holds a training: add --resume, or give another --out")

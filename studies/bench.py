@@ -23,7 +23,7 @@ from tqdm import tqdm
 from randar import SIZES, Config, RandAR, default_steps, generation_order, step_sizes
 from sample import decoding_precision
 from support import border
-from support.speed import matrix_rate, speed_up_cpu, training_flops
+from support.speed import matrix_rate, mixed_precision, speed_up_cpu, training_flops
 from train import make_optimizer
 
 # ------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def decoding_floor(model, streams, steps, rate, speed):
 # What is measured: training and sampling
 
 
-def training_step(model, batch, precision):
+def training_step(model, batch):
     """A function that takes a training step, as train.py does; model: may be compiled."""
     device, optimizer = next(model.parameters()).device, make_optimizer(model, 1e-4)
     shape = (batch, math.prod(model.config.grid))
@@ -83,7 +83,7 @@ def training_step(model, batch, precision):
     classes = torch.randint(model.config.num_classes, (batch,), device=device)  # [b]
 
     def step():
-        with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+        with mixed_precision(device):
             _, loss = model(tokens, classes)  # a random order for each image
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -93,29 +93,15 @@ def training_step(model, batch, precision):
     return step
 
 
-def kept_for_backward(step, model):
-    """GB that a plain training step keeps for its backward pass, besides the model's own."""
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def note(x):  # two tensors may share one storage: it counts once
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):  # of what is kept
-        step()
-    return sum(size for pointer, size in kept.items() if pointer not in own) / 1e9
-
-
-def training_rows(model, batch, device, precision, rate, seconds, compiled=False):
+def training_rows(model, batch, rate, seconds, compiled=False):
     """A row for each way to train; rate: the operations a second that MFU is a share of."""
-    cases = {"plain": training_step(model, batch, precision)}
+    cases = {"plain": training_step(model, batch)}
     if compiled:
-        cases["compiled"] = training_step(torch.compile(model), batch, precision)
-    kept, flops = kept_for_backward(cases["plain"], model), training_flops(model)
+        cases["compiled"] = training_step(torch.compile(model), batch)
+    times = interleaved(cases, model.output.weight.device, seconds, "training")
     return [dict(training=way, tokens=math.prod(model.config.grid), batch=batch, seconds=taken,
-                 images_per_second=batch / taken, MFU=flops * batch / taken / rate,
-                 plain_kept_GB=kept)
-            for way, taken in interleaved(cases, device, seconds, "training").items()]
+                 images_per_second=batch / taken, MFU=training_flops(model) * batch / taken / rate)
+            for way, taken in times.items()]
 
 
 @torch.no_grad()
@@ -147,12 +133,11 @@ def decoding(model, batch, steps, cached=True):
     return five_steps
 
 
-def sampling_rows(model, ways, device, rate, speed, seconds):
+def sampling_rows(model, ways, rate, speed, seconds):
     """A row for each of ways, a list of ("cached" or "uncached", images, steps)."""
-    cases = {(way, batch, steps): decoding(model, batch, steps, way == "cached")
-             for way, batch, steps in ways}
-    rows = []
-    for (way, batch, steps), taken in interleaved(cases, device, seconds, "sampling").items():
+    cases = {(way, *sizes): decoding(model, *sizes, way == "cached") for way, *sizes in ways}
+    times, rows = interleaved(cases, model.output.weight.device, seconds, "sampling"), []
+    for (way, batch, steps), taken in times.items():
         if way == "uncached":
             taken *= steps / 5  # of which five were made: their cost is a smooth curve
         floor = decoding_floor(model, 2 * batch, steps, rate, speed)
@@ -168,10 +153,11 @@ def sampling_rows(model, ways, device, rate, speed, seconds):
 
 def show(rows):
     """Prints rows, dicts with the same keys, as a table, and returns them."""
-    print("\n" + "".join(f"{key:>18}" for key in rows[0]))
-    for row in rows:
-        cells = (f"{x:.4g}" if isinstance(x, float) else x for x in row.values())
-        print("".join(f"{cell:>18}" for cell in cells), flush=True)
+    lines = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    lines.insert(0, list(rows[0]))
+    widths = [max(map(len, column)) + 2 for column in zip(*lines)]
+    for line in lines:
+        print("".join(cell.rjust(width) for cell, width in zip(line, widths)), flush=True)
     return rows
 
 
@@ -180,8 +166,8 @@ def draw(result, path):
     figure = Figure(figsize=(13, 5), layout="tight")
     left, right = figure.subplots(1, 2)
     batches = [row for row in result["sampling"] if row["batch"] == result["batch"]]
-    cached = [row for row in batches if row["sampling"] == "cached"]
-    uncached = [row for row in batches if row["sampling"] == "uncached"]
+    cached, uncached = ([row for row in batches if row["sampling"] == way]
+                        for way in ("cached", "uncached"))
 
     for axes, rows, x, y, label in (
             (left, cached, "steps", "seconds", "cached"),
@@ -199,53 +185,45 @@ def draw(result, path):
 def bench(args):
     """Measure as the command line says, print the tables, write them and the picture."""
     device, out = border.pick_device(args.device), border.writable_folder(args.out)
-    toy, gpu = args.size in ("toy", "tiny"), device.type == "cuda"
+    toy, gpu = args.size in ("toy", "tiny"), device.type == "cuda"  # toy: 64 tokens, 512 codes
     batch = args.batch_size or (64 if toy or gpu else 2)
     settings = SIZES[args.size] | (dict(grid=(8, 8), vocab_size=512, num_classes=10) if toy else {})
-    model = RandAR(Config(**settings)).to(device)
 
     # What the device can do: operations a second, in the precisions of train.py and of sample.py,
     # and bytes a second that it reads from its memory, of far more than its caches hold.
     learn, draws = border.fast_precision(device), decoding_precision(device)
     rates = {dtype: matrix_rate(device, dtype, 8192 if gpu else 4096) for dtype in {learn, draws}}
-    x = torch.ones(2**28 if gpu else 2**26, device=device)  # float32: 4 bytes
-    speed = 4 * len(x) / interleaved({"read": x.sum}, device, 5, "memory")["read"]
+    reading = interleaved({"": torch.ones(2**28, device=device).sum}, device, 5, "memory")
+    speed = 2**30 / reading[""]  # a gigabyte of float32
     name = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads"
     result = dict(machine=name, torch=torch.__version__, size=args.size, batch=batch,
                   TFLOP_per_second={str(dtype): rate / 1e12 for dtype, rate in rates.items()},
                   GB_per_second=speed / 1e9)
     print(result)
 
-    # A training step, with all that train.py does for its speed
+    # A training step, with all that train.py does for its speed, and of its micro-batch
     if not gpu:
         speed_up_cpu()
-    micro = min(batch, 64 if toy else 32)  # train.py's micro-batch
-    training = device, learn, rates[learn], args.seconds
-    rows = training_rows(model, micro, *training, compiled=border.can_compile(device))
-    result["training"] = show(rows)
+    model, micro = RandAR(Config(**settings)).to(device), min(batch, 64 if toy else 32)
+    compiled = border.can_compile(device)
+    result["training"] = show(training_rows(model, micro, rates[learn], args.seconds, compiled))
 
     # Sampling, in one token a step, the paper's 88 steps of 256, and 48
     n = math.prod(model.config.grid)
     ways = [(way, images, steps) for steps in (n, default_steps(n), n * 48 // 256)
             for way, images in (("cached", batch), ("uncached", batch), ("cached", 1))]
     model.eval().to(draws)
-    torch._dynamo.config.recompile_limit = 64  # a few graphs for each of the batches
-    if gpu:  # on a CPU decoding is hardly faster for it
-        for layer in model.layers:
-            layer.compile(dynamic=True)  # one graph serves all layers, and steps of all lengths
-    sampling = device, rates[draws], speed, args.seconds
-    result["sampling"] = show(sampling_rows(model, ways, *sampling))
+    result["sampling"] = show(sampling_rows(model, ways, rates[draws], speed, args.seconds))
 
     # Both, of one layer, by the number of tokens
-    few, result["training_by_tokens"], result["sampling_by_tokens"] = min(batch, 4), [], []
+    few, training, sampling = min(batch, 4), [], []
     for side in (8, 16, 24, 32):
         model = RandAR(Config(**settings | dict(grid=(side, side), n_layer=1))).to(device)
-        result["training_by_tokens"] += training_rows(model, few, *training)
-        model.eval().to(draws)
+        training += training_rows(model, few, rates[learn], args.seconds)
         ways = [("cached", few, default_steps(side**2))]
-        result["sampling_by_tokens"] += sampling_rows(model, ways, *sampling)
-    show(result["training_by_tokens"])
-    show(result["sampling_by_tokens"])
+        model.eval().to(draws)
+        sampling += sampling_rows(model, ways, rates[draws], speed, args.seconds)
+    result |= dict(training_by_tokens=show(training), sampling_by_tokens=show(sampling))
 
     # Files
     text = json.dumps(result, indent=1)

@@ -1,8 +1,8 @@
 """What a generator's features are good for (Table 5, App. E): python -m studies.features
 
 Without arguments: the toy models of random and of raster order, layer by layer, in one round and
-in two. With SPair-71k's pictures, --data DIR, or with --layer K: parts of objects are matched by
-the features of one layer, and some of them drawn. The features themselves are in apps.py.
+in two. With SPair-71k's pictures, --data DIR: parts of objects are matched by the features of one
+layer, and some of them drawn. The features themselves are in apps.py.
 
     correct, pck, linear_probe      is the same part found? can a linear function tell the class?
     toy_pairs, spair_pair           pictures whose corresponding points are known
@@ -10,6 +10,7 @@ the features of one layer, and some of them drawn. The features themselves are i
     draw_pairs, draw_tables         what people look at
 """
 
+import itertools
 import json
 import pathlib
 from collections import defaultdict, namedtuple
@@ -31,12 +32,12 @@ from support.border import UserError
 # Two figures: the share of correct keypoints, PCK (Table 5), and a linear probe (Table C)
 
 
-def correct(found, truth, side, share=0.1):
-    """Which points found [k, 2] are at most share * side pixels from the truth [k, 2]: bool [k].
+def correct(found, truth, side):
+    """Which points found [k, 2] are at most 0.1 * side pixels from the truth [k, 2]: bool [k].
 
     side: the larger one of the target picture (toy world) or of the object's box in it (SPair-71k).
     """
-    return (found - truth).norm(dim=1) <= share * side
+    return (found - truth).norm(dim=1) <= 0.1 * side
 
 
 def pck(right):
@@ -53,7 +54,8 @@ def linear_probe(features, classes, test_features, test_classes):
     mean, std = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)  # [d] each
     features, test_features = (features - mean) / std, (test_features - mean) / std
     linear = nn.Linear(features.shape[1], int(classes.max()) + 1, device=features.device)  # d to C
-    nn.init.zeros_(linear.weight)  # the problem is convex: no start is better than another
+    for parameter in linear.parameters():  # the problem is convex: no start is better than another
+        nn.init.zeros_(parameter)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def loss():  # a little weight decay, or the weights of separable classes would grow for ever
@@ -120,14 +122,12 @@ def match_pairs(model, tokenizer, pairs, number, layers, order, generator):
         tokens, found = tokens_of([pair.source, pair.target], tokenizer, grid), {}  # [2, N]
         sizes = pair.source.shape[1:], pair.target.shape[1:]
         features = features_by_layer(model, tokens, None, 2, order, generator)
-        for layer, states in zip(range(1, max(layers) + 1), features):  # states: [2, rounds, N, d]
-            if layer not in layers:
-                continue
-            for r in (1, 2):
-                source, target = states[:, r - 1].unflatten(1, grid)  # [h, w, d] each
-                points = nearest_points(source, target, pair.source_points, *sizes).cpu()  # [k, 2]
-                found[layer, r] = points
-                right[layer, r].append(correct(points, pair.target_points, pair.side))
+        states = list(itertools.islice(features, max(layers)))  # [2, rounds, N, d] each
+        for layer, r in itertools.product(layers, (1, 2)):
+            source, target = states[layer - 1][:, r - 1].unflatten(1, grid)  # [h, w, d] each
+            points = nearest_points(source, target, pair.source_points, *sizes).cpu()  # [k, 2]
+            found[layer, r] = points
+            right[layer, r].append(correct(points, pair.target_points, pair.side))
         if i in drawn:
             examples.append((pair, found))
     return right, examples
@@ -161,7 +161,7 @@ def table_by_layer(model, tokenizer, number, seed, order=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# What people look at
+# What people look at, and the command
 
 
 def draw_pairs(examples, layer, title, path):
@@ -171,17 +171,19 @@ def draw_pairs(examples, layer, title, path):
     """
     figure = Figure((10, 1 + 2.4 * len(examples)), dpi=110, layout="constrained")
     for row, (pair, found) in zip(figure.subplots(len(examples), 2, squeeze=False), examples):
-        for r, axes in enumerate(row, start=1):
-            (h, w), (target_h, target_w) = pair.source.shape[1:], pair.target.shape[1:]
-            axes.imshow(pictures.to_uint8(pair.source[None])[0], extent=(0, w, h, 0))
-            axes.imshow(pictures.to_uint8(pair.target[None])[0],
-                        extent=(w, w + target_w, target_h, 0))
+        # Source and target side by side, white below the lower one
+        images = pair.source, pair.target
+        height = max(image.shape[1] for image in images)
+        images = [F.pad(image, (0, 0, 0, height - image.shape[1]), value=1) for image in images]
+        both = pictures.to_uint8(torch.cat(images, dim=2)[None])[0]  # [height, width, 3]
 
-            ends, right = found[layer, r], correct(found[layer, r], pair.target_points, pair.side)
-            for (x, y), (end_x, end_y), good in zip(pair.source_points, ends, right):
-                axes.plot((x, w + end_x), (y, end_y), "go-" if good else "ro--")
-            axes.set(xlim=(0, w + target_w), ylim=(max(h, target_h), 0),
-                     title=f"{pair.name}, round {r}: {right.sum()} of {len(right)}")
+        for r, axes in enumerate(row, start=1):
+            axes.imshow(both, extent=(0, both.shape[1], height, 0))
+            right = correct(found[layer, r], pair.target_points, pair.side)
+            ends = found[layer, r] + torch.tensor([pair.source.shape[2], 0])  # in the target
+            for start, end, good in zip(pair.source_points, ends, right):
+                axes.plot(*zip(start, end), "go-" if good else "ro--")
+            axes.set_title(f"{pair.name}, round {r}: {right.sum()} of {len(right)}")
             axes.axis("off")
     figure.suptitle(f"{title}\ngreen, solid: right; red, dashed: wrong")
     kind = pictures.picture_format(path)
@@ -202,23 +204,16 @@ def draw_tables(tables, path):
     border.write_safely(path, lambda partial: figure.savefig(partial, format=kind))
 
 
-# ------------------------------------------------------------------------------------------------
-# The command
-
-
 def match(model, tokenizer, args):
-    """Match pairs of pictures by the features of one layer: PCK, and a picture of four pairs."""
+    """SPair-71k: PCK by the features of one layer, and a picture of four pairs."""
     layer, order = checked_layer(model, args.layer), args.order or model.order
-    if args.data:
-        paths = sorted(pathlib.Path(args.data).glob("PairAnnotation/test/*.json"))
-        if not paths:
-            raise UserError(f"no {args.data}/PairAnnotation/test/*.json: give SPair-71k's folder")
-        number = min(args.number, len(paths))
-        chosen = [paths[i * len(paths) // number] for i in range(number)]  # of all categories
-        pairs = map(spair_pair, chosen)
-    else:
-        number, pairs = args.number, toy_pairs(args.number, args.seed)
+    paths = sorted(pathlib.Path(args.data).glob("PairAnnotation/test/*.json"))
+    if not paths:
+        raise UserError(f"no {args.data}/PairAnnotation/test/*.json: give SPair-71k's folder")
+    number = min(args.number, len(paths))
+    chosen = [paths[i * len(paths) // number] for i in range(number)]  # of all categories
 
+    pairs = map(spair_pair, chosen)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(args.seed)
     right, examples = match_pairs(model, tokenizer, pairs, number, [layer], order, generator)
     title = f"{number} pairs, features after layer {layer} of {model.config.n_layer}, {order} order"
@@ -233,9 +228,9 @@ def compare(models, args):
     """PCK and linear probe by layer and round, of each checkpoint: tables, and a picture."""
     tables = []  # (name, [n_layer, 2, 3]) of each
     for path, (model, tokenizer) in zip(args.ckpt, models):
-        name = f"{path}, {args.order or model.order} order"
+        name = f"{pathlib.Path(path).name}, {args.order or model.order} order"
         table = table_by_layer(model, tokenizer, args.number, args.seed, args.order)
-        tables.append((pathlib.Path(name).name, table))
+        tables.append((name, table))
         print(f"{name}, in %: PCK at 0.1 per image, per point, linear probe; in rounds 1 and 2")
         for layer, rounds in enumerate(100 * table, start=1):  # [2, 3]
             print(f"layer {layer:2}", *(f"{a:8.1f}{b:8.1f}" for a, b in rounds.T))
@@ -246,9 +241,9 @@ def main():
     toy_models = [border.CHECKPOINTS / name for name in ("randar_toy.pt", "randar_toy_raster.pt")]
     parser = border.command_line(__doc__)
     add = parser.add_argument
-    add("--ckpt", nargs="+", help="one or more to compare (default: the toy models that ship)")
+    add("--ckpt", nargs="+", default=toy_models, help="to compare (default: the toy models)")
     add("--data", metavar="DIR", help="the folder of SPair-71k (default: draw toy pictures)")
-    add("--layer", type=border.positive_int, help="to match by (default: two thirds of the depth)")
+    add("--layer", type=border.positive_int, help="of SPair-71k (default: 2/3 of the depth)")
     add("--tokenizer", help="default: tokenizer.pt beside the checkpoint")
     add("--number", type=border.positive_int, default=200, help="pairs of pictures (default: 200)")
     add("--order", help=f"one of {', '.join(ORDERS)} (default: that of the model's training)")
@@ -258,15 +253,14 @@ def main():
     args = parser.parse_args()
     with border.one_line_errors():
         pictures.picture_format(args.out)  # before hours of work
-        device, one_layer = border.pick_device(args.device), args.data or args.layer
-        args.ckpt = args.ckpt or toy_models[: 1 if one_layer else 2]
+        if args.data and len(args.ckpt) > 1:
+            raise UserError("--data is for one model: give one --ckpt")
+        device = border.pick_device(args.device)
         models = [load_models(path, args.tokenizer, device) for path in args.ckpt]
-        if not one_layer:
-            compare(models, args)
-        elif len(models) == 1:
+        if args.data:
             match(*models[0], args)
         else:
-            raise UserError("--data and --layer are for one model: give one --ckpt")
+            compare(models, args)
         print(f"wrote {args.out}")
 
 

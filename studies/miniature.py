@@ -4,18 +4,19 @@
     python -m studies.miniature measure   figures into studies/miniature: an hour and a half
 
     TRAININGS, train      the same data, batch, number of steps and recipe for all models
-    figures, runs_of      how good samples are; what each table and figure of the paper compares
+    RUNS                  what each table and figure of the paper compares
+    figures, enlarged     how good samples are, at the resolution of training and above
     features, latency     what has no samples to judge
     measure, read, show   files, and how notebook 8 reads them
 
-Every comparison has SAMPLES samples for each of SEEDS, against as many fresh pictures. The raster
-model and the last random one are those that ship for everybody, trained by the same command.
+Every comparison has SAMPLES samples for each of SEEDS, against as many fresh pictures; of enlarged
+ones, which take long, ENLARGED. Models that ship for everybody are trained by the same command.
 """
 
-import contextlib
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -23,27 +24,29 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from randar import ORDERS, load_randar
-from studies.bench import decoding, interleaved
+from apps import PARTS, extrapolate
+from randar import ORDERS
+from sample import load_models
+from studies import bench
 from studies.evaluate import evaluate
 from studies.features import table_by_layer
 from support import border, pictures, toy
 from support.judge import JUDGE_SEED
-from tokenizer import load_tokenizer
 
 HERE = pathlib.Path(__file__).resolve().parent
 WEIGHTS, RESULTS = border.CHECKPOINTS / "miniature", HERE / "miniature"
 SAMPLES, SEEDS, BATCH = 2000, (0, 1, 2), 250  # BATCH: drawn at a time
-FIGURES = ("accuracy", "FID", "IS", "precision", "recall")
+ENLARGED = 500
+FIGURES = ("accuracy", "FID", "sFID", "IS", "precision", "recall")
 PARALLEL, ALL = 22, 64  # decoding steps: 88 of 256 as a share of 64, and one token a step
 
 # ------------------------------------------------------------------------------------------------
-# Training: python train.py, 5,400 steps each
+# Training: python train.py, in the plain world 5,400 steps each
 #
 # Figure 4a wants the same training after fewer steps. The learning rate is constant up to the last
 # sixth: a training to 600 steps without a descent is the beginning of that to 5,400.
 
-STEPS = 5400
+STEPS, FINE_STEPS = 5400, 9000
 TRAININGS = {  # name: flags of train.py, and the steps at which weights are kept
     "toy": ("", (600, 1800, STEPS)),
     "tiny": ("--size tiny", (600, 1800, STEPS)),
@@ -51,9 +54,10 @@ TRAININGS = {  # name: flags of train.py, and the steps at which weights are kep
     "rar": ("--model rar", (STEPS,)),
     "dense": ("--position dense", (STEPS,)),
     "merge": ("--position merge", (STEPS,)),
+    "fine": ("--size fine --data fine", (FINE_STEPS,)),
 }
-# These two are not kept twice:
-SHIPPED = {("toy", STEPS): "randar_toy.pt", ("raster", STEPS): "randar_toy_raster.pt"}
+SHIPPED = {("toy", STEPS): "randar_toy.pt", ("raster", STEPS): "randar_toy_raster.pt",
+           ("fine", FINE_STEPS): "fine/randar.pt"}  # these are not kept twice
 
 
 def weights(name, steps=STEPS):
@@ -63,6 +67,13 @@ def weights(name, steps=STEPS):
     return WEIGHTS / f"{name}_{steps}.pt"
 
 
+def load(name, steps, device):
+    """(model, tokenizer, name of the world) of a training."""
+    world = "fine" if name == "fine" else "plain"
+    path = toy.folder(world) / "tokenizer.pt"
+    return *load_models(weights(name, steps), path, device), world
+
+
 def train(out):
     """Train every model of which weights are missing, in folders of `out`."""
     missing = [(name, steps) for name, (_, kept) in TRAININGS.items() for steps in kept
@@ -70,28 +81,55 @@ def train(out):
     for name, steps in missing:
         # Go on from where it is. train.py refuses if that is too far: then remove the folder.
         folder = out.resolve() / name
-        descent = 1 / 6 if steps == STEPS else 0  # of the learning rate, see above
+        descent = 1 / 6 if steps in (STEPS, FINE_STEPS) else 0  # of the learning rate, see above
         line = f"train.py {TRAININGS[name][0]} --steps {steps} --descent {descent}".split()
         line += ["--resume"] if (folder / "training.pt").is_file() else []
-        run_to_its_end([sys.executable, *line, "--out", str(folder)])
+        command = [sys.executable, *line, "--out", str(folder)]
+        code = subprocess.run(command, cwd=HERE.parent).returncode
+        if code:
+            sys.exit(code)  # it has said why
 
         # Keep what comes out: the next one goes on from there.
         result = folder / ("rar.pt" if name == "rar" else "randar.pt")
         border.write_safely(weights(name, steps), lambda partial: shutil.copy(result, partial))
 
 
-def run_to_its_end(command):
-    """Run a command in the project's folder. If it fails, it has said why: this ends, too."""
-    process = subprocess.Popen(command, cwd=HERE.parent)  # in a process of its own, as typed
-    while process.poll() is None:
-        with contextlib.suppress(KeyboardInterrupt):  # the command has it, too, and saves first
-            process.wait()
-    if process.returncode:
-        sys.exit(process.returncode)
-
-
 # ------------------------------------------------------------------------------------------------
 # What is compared: a run is a dict of a training's name and steps, and how its model decodes
+
+
+def run_of(model, steps=PARALLEL, order="random", cfg=1.5, scg=1.0, trained=STEPS):
+    """A run; cfg: 1.5 is the best one of Table 1's sweep, for random and for raster order."""
+    return dict(model=model, trained=trained, order=order, steps=steps, cfg=cfg, scg=scg)
+
+
+RUNS = {  # file: the runs that a table or figure of the paper compares
+    # Table 1, last block, and RAR: each at each guidance
+    "guidance": [run_of(*way, cfg) for way in (
+        ("toy", PARALLEL, "random"), ("raster", ALL, "raster"), ("rar", ALL, "raster"))
+        for cfg in (1.0, 1.5, 2.5, 4.0, 6.0)],
+    # Table 2: merged ones can only be decoded one token a step
+    "positions": [run_of(model, ALL, cfg=cfg)
+                  for model in ("toy", "dense", "merge") for cfg in (1.0, 1.5, 2.5)],
+    # Table 3: the paper's ten, whatever a reader has added
+    "orders": [run_of("toy", order=order) for order in ORDERS[:10]],
+    # Figure 4b; do orders of tokens that lie far apart allow fewer steps?
+    "steps": [run_of(model, steps, order) for model, order in (
+        ("toy", "random"), ("toy", "hierarchical"), ("raster", "raster"))
+        for steps in (4, 8, 12, PARALLEL, ALL)],
+    # Figure 4a, Table B: quality against training steps, two sizes
+    "training": [run_of(model, trained=steps)
+                 for model in ("toy", "tiny") for steps in TRAININGS[model][1]],
+    # Table D: spatial contextual guidance at training resolution, off and on
+    "scg": [run_of("toy", scg=scg) for scg in (1.0, 1.2, 1.5)],
+    "fine_scg": [run_of("fine", 88, scg=scg, trained=FINE_STEPS) for scg in (1.0, 1.2, 1.5, 2.0)],
+    # Figure 6, App. F: twice and three times the resolution, part by part
+    "extrapolation": [dict(factor=factor, **parts) for factor in (2, 3) for parts in PARTS.values()],
+    "frequencies": [dict(factor=2, frequencies=k, scg=1.0) for k in (0, 1, 2, 3, 4, 6, 8, 12, 16)],
+    "enlarged_scg": [dict(factor=2, scg=scg) for scg in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)],
+    # Tables 5 and C: PCK and probe by layer and round
+    "features": [dict(model="toy"), dict(model="raster")],
+}
 
 
 def figures(run, seed, device):
@@ -100,66 +138,48 @@ def figures(run, seed, device):
     run: keys model, trained (steps), order, steps (decoding), cfg (its end; it starts at 1), scg.
     Every seed compares with fresh pictures of its own.
     """
-    model = load_randar(weights(run["model"], run["trained"]), device)
+    model, tokenizer, world = load(run["model"], run["trained"], device)
     model.to(border.fast_precision(device))
-    tokenizer = load_tokenizer(border.CHECKPOINTS / "tokenizer.pt", device)
     generator = torch.Generator(device).manual_seed(seed)
     classes, pixels = torch.arange(SAMPLES, device=device) % len(toy.CLASSES), []
     for some in classes.split(BATCH):  # [BATCH]
         tokens = model.generate(some, run["order"], run["steps"], cfg=(1.0, run["cfg"]),
                                 scg=run["scg"], generator=generator)
-        pixels.append(pictures.to_uint8(tokenizer.decode(tokens)))  # [BATCH, 32, 32, 3]
-
-    fresh, _, _ = toy.make(SAMPLES, JUDGE_SEED + 100 + seed)
-    result = evaluate(np.concatenate(pixels), fresh, classes=classes.cpu().numpy())
-    return {name: result[name] for name in FIGURES}
+        pixels.append(pictures.to_uint8(tokenizer.decode(tokens)))  # [BATCH, S, S, 3]
+    return compared(np.concatenate(pixels), classes.cpu().numpy(), seed, world)
 
 
-def run_of(model, steps=PARALLEL, order="random", cfg=1.5, scg=1.0, trained=STEPS):
-    """A run; cfg: 1.5 is the best one of Table 1's sweep, for random and for raster order."""
-    return dict(model=model, trained=trained, order=order, steps=steps, cfg=cfg, scg=scg)
+def enlarged(run, seed, device):
+    """The same of ENLARGED pictures of a larger size; run: keywords of apps.extrapolate."""
+    model, tokenizer, world = load("fine", FINE_STEPS, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    classes, pixels = torch.arange(ENLARGED, device=device) % len(toy.CLASSES), []
+    for some in classes.split(BATCH):
+        images, _ = extrapolate(model, tokenizer, some, generator=generator, **run)
+        pixels.append(pictures.to_uint8(images))
+    return compared(np.concatenate(pixels), classes.cpu().numpy(), seed, world)
 
 
-def runs_of(name):
-    """The runs that a table or figure of the paper compares, by the name of its file: a list."""
-    if name == "guidance":  # Table 1, last block, and RAR: each at each guidance
-        ways = ("toy", PARALLEL, "random"), ("raster", ALL, "raster"), ("rar", ALL, "raster")
-        return [run_of(*way, cfg) for way in ways for cfg in (1.0, 1.5, 2.5, 4.0, 6.0)]
-    if name == "positions":  # Table 2: merged ones can only be decoded one token a step
-        models = "toy", "dense", "merge"
-        return [run_of(model, ALL, cfg=cfg) for model in models for cfg in (1.0, 1.5, 2.5)]
-    if name == "orders":  # Table 3: the paper's ten, whatever a reader has added
-        return [run_of("toy", order=order) for order in ORDERS[:10]]
-    if name == "steps":  # Figure 4b; do orders of tokens that lie far apart allow fewer steps?
-        ways = ("toy", "random"), ("toy", "hierarchical"), ("raster", "raster")
-        return [run_of(model, steps, order) for model, order in ways
-                for steps in (4, 8, 12, PARALLEL, ALL)]
-    if name == "training":  # Figure 4a, Table B: quality against training steps, two sizes
-        return [run_of(model, trained=steps) for model in ("toy", "tiny")
-                for steps in TRAININGS[model][1]]
-    if name == "scg":  # Table D: spatial contextual guidance at training resolution, off and on
-        return [run_of("toy", scg=scg) for scg in (1.0, 1.2, 1.5)]
+def compared(pixels, classes, seed, world):
+    """FIGURES of samples, uint8 [n, S, S, 3], against as many fresh pictures of their size."""
+    fresh, _, _ = toy.make(len(pixels), JUDGE_SEED + 100 + seed, world, side=pixels.shape[1])
+    return evaluate(pixels, fresh, classes=classes)
 
 
-RUNS = ("guidance", "positions", "orders", "steps", "training", "scg")  # names for runs_of
-
-
-def features(device):
-    """Tables 5 and C: PCK and probe by layer and round, of the random and raster models: rows."""
-    rows, tokenizer = [], load_tokenizer(border.CHECKPOINTS / "tokenizer.pt", device)
-    for name in ("toy", "raster"):
-        model = load_randar(weights(name), device)
-        tables = [table_by_layer(model, tokenizer, 200, seed).tolist() for seed in SEEDS]
-        rows.append(dict(run=dict(model=name), results=tables))
-    return rows
+def features(run, seed, device):
+    """Of a run with the key model alone, what table_by_layer measures, as lists."""
+    model, tokenizer, _ = load(run["model"], STEPS, device)
+    return table_by_layer(model, tokenizer, 200, seed).tolist()
 
 
 def latency(device, seconds=20):
     """Table 4: seconds for one image and for 64 with guidance, by the number of steps: rows."""
-    model, steps = load_randar(weights("toy"), device), (ALL, 48, 32, PARALLEL, 16, 12, 8)
-    cases = {(batch, n): decoding(model, batch, n) for batch in (1, 64) for n in steps}
+    model, _, _ = load("toy", STEPS, device)
+    cases = {(batch, n): bench.decoding(model, batch, n)
+             for batch in (1, 64) for n in (ALL, 48, 32, PARALLEL, 16, 12, 8)}
+    times = bench.interleaved(cases, device, seconds, "latency")
     return [dict(run=dict(batch=batch, steps=n), results=[dict(seconds=taken)])
-            for (batch, n), taken in interleaved(cases, device, seconds, "latency").items()]
+            for (batch, n), taken in times.items()]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -172,25 +192,18 @@ def read(name):
     return json.loads(path.read_text()) if path.is_file() else []
 
 
-def write(name, rows):
-    """Write a file of results."""
-    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
-    border.write_safely(RESULTS / f"{name}.json", lambda partial: partial.write_text(text))
-
-
 def measure(name, device):
     """Measure what is missing of the file called `name`; saves after each run and seed."""
-    rows = read(name)
-    if name == "features":
-        write(name, rows or features(device))
-        return
-
-    # Rows that nobody asks for any more stay.
-    rows += [dict(run=run, results=[]) for run in runs_of(name) if not pick(rows, **run)]
+    function = features if name == "features" else figures
+    if "factor" in RUNS[name][0]:
+        function = enlarged
+    rows = read(name)  # those that nobody asks for any more stay
+    rows += [dict(run=run, results=[]) for run in RUNS[name] if not pick(rows, **run)]
     missing = [(row, seed) for seed in SEEDS for row in rows if seed >= len(row["results"])]
     for row, seed in tqdm(missing, desc=name):
-        row["results"].append(figures(row["run"], seed, device))
-        write(name, rows)
+        row["results"].append(function(row["run"], seed, device))
+        text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+        border.write_safely(RESULTS / f"{name}.json", lambda partial: partial.write_text(text))
 
 
 def mean_and_spread(row, figure):
@@ -201,12 +214,13 @@ def mean_and_spread(row, figure):
 
 def show(rows, label):
     """Prints a line for each row: mean and spread of each figure; label: a run -> a line's name."""
-    names = [label(row["run"]) for row in rows]
-    width = max(map(len, names)) + 2
-    print(" " * width + "".join(f"{figure:>16}" for figure in FIGURES))
-    for row, name in zip(rows, names):
-        cells = [mean_and_spread(row, figure) for figure in FIGURES]
-        print(f"{name:{width}}" + "".join(f"{mean:>9.3f} ±{spread:.3f}" for mean, spread in cells))
+    table = []
+    for row in rows:
+        measured = [name for name in FIGURES if name in row["results"][0]]  # sFID not from the first
+        cells = [mean_and_spread(row, name) for name in measured]
+        texts = {name: f"{x:.3f} ±{spread:.3f}" for name, (x, spread) in zip(measured, cells)}
+        table.append({"": label(row["run"])} | texts)
+    bench.show(table)
 
 
 def pick(rows, **wanted):
@@ -215,20 +229,21 @@ def pick(rows, **wanted):
 
 
 def main():
-    names = (*RUNS, "features")
     parser = border.command_line(__doc__)
     add = parser.add_argument
     add("what", choices=("train", "measure"))
-    add("--only", nargs="+", choices=names, default=names, help="measure only some files")
+    add("--only", nargs="+", choices=RUNS, default=RUNS, help="measure only some files")
     add("--out", default="miniature", help="for trainings (default: miniature)")
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     args = parser.parse_args()
     with border.one_line_errors():
         if args.what == "train":
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is train.py's, which saves first
             train(border.writable_folder(args.out))
         else:
+            device = border.pick_device(args.device)
             for name in args.only:
-                measure(name, border.pick_device(args.device))
+                measure(name, device)
 
 
 if __name__ == "__main__":

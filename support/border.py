@@ -40,8 +40,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def command_line(docstring):
     """A parser whose --help shows the file's own docstring, line by line."""
-    as_it_stands = argparse.RawDescriptionHelpFormatter
-    return OneLineParser(description=docstring, formatter_class=as_it_stands)
+    return OneLineParser(description=docstring,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 @contextlib.contextmanager
@@ -102,8 +102,7 @@ def pick_device(name=None):
     try:
         torch.zeros(1, device=name)  # raises what is wrong with it
     except (RuntimeError, AssertionError) as error:  # torch raises either
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot use device {name!r} ({reason}): try --device cpu") from None
+        raise UserError(f"cannot use device {name!r} ({error}): try --device cpu") from None
     return torch.device(name)
 
 
@@ -202,23 +201,19 @@ def load(path, device="cpu"):
 
     UserError for a file that is missing or damaged, or where the package safetensors is missing.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
+    if not pathlib.Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: give one of train.py, tokenizer.py or a release")
     try:
-        if path.suffix == ".safetensors":
+        if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file  # nobody else needs the package
 
             return load_file(path, device=str(device))
         return torch.load(path, map_location=device, weights_only=True)
-
-    # A damaged file may raise anything in torch, pickle, zip.
     except ImportError:
         raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path} is not a readable checkpoint, it may be truncated ({reason}): "
-                        "download or train it again") from None
+    except Exception as error:  # a damaged file may raise anything in torch, pickle, zip
+        raise UserError(f"{path} is not a readable checkpoint, it may be truncated "
+                        f"({error!r:.120}): download or train it again") from None
 
 
 def half_precision(state_dict):

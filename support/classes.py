@@ -46,8 +46,10 @@ def parse_classes(words, names):
             found = [int(word)]  # a number that is nobody's name
 
         if not found:
+            readable = [known[0] for known in names]
+            close = difflib.get_close_matches(plain(word), readable, n=10) or readable[:10]
             raise UserError(f"no class {word!r}: give a number from 0 to {len(names) - 1} or a "
-                            f"name ({similar_names(word, names)})")
+                            f"name ({', '.join(close)})")
         if len(found) > 1:
             raise UserError(f"{word!r} is the name of the classes {' and '.join(map(str, found))}: "
                             "give the number of the one you mean")
@@ -55,16 +57,8 @@ def parse_classes(words, names):
     return classes
 
 
-def similar_names(word, names):
-    """Up to ten names that the user may have meant, as one str."""
-    readable = {plain(known[0]): known[0] for known in names}
-    close = [name for name in readable if plain(word) in name]
-    close = close or difflib.get_close_matches(plain(word), readable) or list(readable)
-    return ", ".join(readable[name] for name in close[:10])
-
-
-def spread_classes(classes, rows=10, columns=8):
-    """int64 [n]: `columns` of each of at most `rows` classes, spread evenly over those given."""
-    rows = min(rows, len(classes))
+def spread_classes(classes, columns=8):
+    """int64 [n]: `columns` of each of at most ten classes, spread evenly over those given."""
+    rows = min(10, len(classes))
     chosen = [classes[i * len(classes) // rows] for i in range(rows)]  # ImageNet: 0, 100, 200, ...
     return torch.tensor(chosen).repeat_interleave(columns)

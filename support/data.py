@@ -35,10 +35,7 @@ UNREADABLE = 65535  # fills the rows of a file that cannot be read: no token is 
 
 
 def list_images(folder, endings=IMAGE_ENDINGS):
-    """The images in a folder of class folders: (paths, labels int64 [n], class names), sorted.
-
-    endings: of other files. UserError where there are none.
-    """
+    """The images in a folder of class folders: (paths, labels int64 [n], class names), sorted."""
     folder = pathlib.Path(folder)
     names = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
     paths, labels = [], []  # n each
@@ -79,8 +76,7 @@ def read_tokens(path, codebook_size, shape=None):
 def read_all(paths, size):
     """All images in memory, uint8 [n, size, size, 3]; unreadable ones are left out and named."""
     with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock: threads suffice
-        reading = pool.map(functools.partial(read_image, size=size), paths)
-        images = list(tqdm(reading, "reading", len(paths)))
+        images = list(tqdm(pool.map(lambda path: read_image(path, size), paths), total=len(paths)))
     report_skipped([path for path, image in zip(paths, images) if image is None])
     return np.array([image for image in images if image is not None])
 
@@ -96,9 +92,9 @@ def report_skipped(paths):
 
 
 def crops_of(images, size, crops):
-    """The crops of images [b, 3, side, side]: a list of [b, 3, size, size].
+    """Of images [b, 3, side, side]: a list of [b, 3, size, size].
 
-    crops: 1, the image; 2, and its mirror image; 10, corners and centre, and their mirror images.
+    crops: 1, the centre; 2, and its mirror image; 10, corners and centre, and their mirror images.
     """
     far = images.shape[-1] - size  # where the last crop of a row starts
     places = (0, 0), (0, far), (far, 0), (far, far), (far // 2, far // 2)
@@ -109,31 +105,31 @@ def crops_of(images, size, crops):
 
 
 def encode_images(images, labels, class_names, tokenizer, tokenizer_path, out, source="", size=None,
-                  crops=2, batch_size=64, workers=None):
+                  crops=2, batch_size=64):
     """Turn images into the token folder `out`; interrupted and started again, it goes on.
 
     images: paths, or pixels uint8 [n, size, size, 3]; labels: int [n]; source: where they come
-    from; size: of a crop, None: the tokenizer's; workers: threads that read.
+    from; size: of a crop, None: the tokenizer's.
     """
     f, device = tokenizer.config.downsampling, next(tokenizer.parameters()).device
     size = size or tokenizer.config.image_size
     if size % f:
         raise UserError(f"image size {size} is no multiple of {f}, the tokenizer's pixels a token")
+    side = int(1.1 * size) if crops == 10 else size  # ten crops are cut from a larger square
+
+    def read(image):  # a path or pixels -> uint8 [side, side, 3]
+        return image if isinstance(image, np.ndarray) else read_image(image, side)
 
     def encode(pixels):  # uint8 [k, side, side, 3] -> [k, crops, N]
         views = crops_of(from_uint8(pixels).to(device), size, crops)  # [k, 3, size, size] each
         return torch.stack([tokenizer.encode(view) for view in views], dim=1).cpu().numpy()
 
-    # Ten crops come from a square that is a tenth larger.
-    side = int(1.1 * size) if crops == 10 else size
-    in_memory = isinstance(images, np.ndarray)
-    read = np.asarray if in_memory else functools.partial(read_image, size=side)
-    meta = {"grid": [size // f, size // f], "crops": crops, "classes": class_names}
-    meta |= {"images": str(source)} | facts_of(tokenizer, tokenizer_path)
-    write_tokens(out, images, labels, read, encode, meta, batch_size, workers)
+    meta = {"grid": [size // f, size // f], "crops": crops, "classes": class_names,
+            "images": str(source)} | facts_of(tokenizer, tokenizer_path)
+    write_tokens(out, images, labels, read, encode, meta, batch_size)
 
 
-def pack_tokens(folder, tokenizer, tokenizer_path, out, workers=None):
+def pack_tokens(folder, tokenizer, tokenizer_path, out):
     """Turn the released tokens, CLASS/*.npy with CLASS a number, into a token folder likewise."""
     paths, labels, names = list_images(folder, (".npy",))
     if not all(name.isdecimal() for name in names):
@@ -148,10 +144,10 @@ def pack_tokens(folder, tokenizer, tokenizer_path, out, workers=None):
     side = math.isqrt(first.shape[1])
 
     class_names = [str(i) for i in range(numbers.max() + 1)]
-    meta = {"grid": [side, side], "crops": len(first), "classes": class_names}
-    meta |= {"images": str(pathlib.Path(folder).resolve())} | facts_of(tokenizer, tokenizer_path)
-    read = functools.partial(read_tokens, codebook_size=codes, shape=(len(first), side * side))
-    write_tokens(out, paths, numbers[labels], read, np.asarray, meta, 256, workers)
+    meta = {"grid": [side, side], "crops": len(first), "classes": class_names,
+            "images": str(pathlib.Path(folder).resolve())} | facts_of(tokenizer, tokenizer_path)
+    read = functools.partial(read_tokens, codebook_size=codes, shape=first.shape)
+    write_tokens(out, paths, numbers[labels], read, np.asarray, meta, batch_size=256)
 
 
 def facts_of(tokenizer, path):
@@ -161,34 +157,39 @@ def facts_of(tokenizer, path):
             "fingerprint": hashlib.sha256(weights).hexdigest()[:12]}
 
 
-def write_tokens(out, items, labels, read, convert, meta, batch_size, workers):
+def write_tokens(out, items, labels, read, convert, meta, batch_size):
     """Write what is missing of `out`; convert: items read and stacked -> tokens [k, crops, N]."""
-    out = writable_folder(out)
-    if not begin(out, meta | {"files": len(items)}):
+    out, meta = writable_folder(out), meta | {"files": len(items)}
+    path = out / "meta.json"
+    if path.is_file() and json.loads(path.read_text()) != meta:
+        raise UserError(f"{out} was begun with other settings, see its meta.json: give another "
+                        "--out, or delete it")
+    if (out / "labels.npy").is_file():
+        print(f"{out} is complete already")
         return
+    write_safely(path, lambda partial: partial.write_text(json.dumps(meta, indent=1)))
 
     # At most 500 shards: each stays open in training, and 1,024 open files are the usual limit.
     size = max(SHARD, math.ceil(len(items) / 500))
-    paths = [out / f"tokens-{first // size:04}.npy" for first in range(0, len(items), size)]
-    row = meta["crops"], math.prod(meta["grid"])
+    shards = [items[first : first + size] for first in range(0, len(items), size)]
+    paths = [out / f"tokens-{i:04}.npy" for i in range(len(shards))]
 
     # A shard that exists is done: an interrupted command goes on with the next.
-    with ThreadPoolExecutor(workers or None) as pool, tqdm(total=len(items), unit="image") as bar:
-        for i, path in enumerate(paths):
-            shard = items[i * size : (i + 1) * size]
+    with ThreadPoolExecutor() as pool, tqdm(total=len(items), unit="image") as bar:
+        for shard, path in zip(shards, paths):
             if path.is_file():
                 bar.update(len(shard))
                 continue
 
             # Threads read the next images while the tokenizer is at work on a batch.
-            tokens = np.full((len(shard), *row), UNREADABLE, np.uint16)
+            shape = len(shard), meta["crops"], math.prod(meta["grid"])
+            tokens = np.full(shape, UNREADABLE, np.uint16)
             contents = pool.map(read, shard)
             for first in range(0, len(shard), batch_size):
                 batch = list(itertools.islice(contents, batch_size))
-                good = [content is not None for content in batch]
-                if any(good):  # the other rows stay as they are
-                    readable = np.stack([content for content in batch if content is not None])
-                    tokens[first : first + batch_size][good] = convert(readable)
+                good = [i for i, content in enumerate(batch) if content is not None]
+                if good:  # the other rows stay as they are
+                    tokens[first + np.array(good)] = convert(np.stack([batch[i] for i in good]))
                 bar.update(len(batch))
             save_array(tokens, path)
 
@@ -200,19 +201,6 @@ def write_tokens(out, items, labels, read, convert, meta, batch_size, workers):
         raise UserError(f"none of the {len(items)} files is readable: delete {out} and give others")
     save_array(np.where(readable, labels, -1).astype(np.int64), out / "labels.npy")
     print(f"wrote {out}: {readable.sum():,} images, {len(meta['classes']):,} classes")
-
-
-def begin(out, meta):
-    """Write meta.json; False if all is done. UserError if `out` was begun with other settings."""
-    path, text = out / "meta.json", json.dumps(meta, indent=1)
-    if path.is_file() and json.loads(path.read_text()) != meta:
-        raise UserError(f"{out} was begun with other settings, see its meta.json: give another "
-                        "--out, or delete it")
-    if (out / "labels.npy").is_file():
-        print(f"{out} is complete already")
-        return False
-    write_safely(path, lambda partial: partial.write_text(text))
-    return True
 
 
 def save_array(array, path):
@@ -229,9 +217,8 @@ def save_array(array, path):
 class TokenFolder:
     """A token folder, memory-mapped: only the rows of a batch are read. UserError if it is none.
 
-    grid (h, w), codebook_size, class_names, tokenizer (a path), crops; shards: memory maps, uint16
-    [k, crops, N]; labels: int64 [files]. Of the readable files 1%, at most 5,000, are held out,
-    always the same: `batch` never gives them, len() does not count them.
+    shards: memory maps, uint16 [k, crops, N]; labels: int64 [files]. Of the readable files 1%, at
+    most 5,000, are held out, always the same: `batch` never gives them, len() does not count them.
     """
 
     def __init__(self, folder):
@@ -239,20 +226,16 @@ class TokenFolder:
         if not (folder / "labels.npy").is_file():
             raise UserError(f"{folder} is no token folder, or not finished: run "
                             f"python tokenizer.py encode --images DIR --out {folder}")
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-            self.grid, self.codebook_size = tuple(meta["grid"]), meta["codes"]
-            self.class_names, self.tokenizer = meta["classes"], meta["tokenizer"]
-            self.labels = np.load(folder / "labels.npy")
-            paths = sorted(folder.glob("tokens-*.npy"))
-            paths = paths or [folder / "tokens.npy"]  # as the first version wrote them
-            self.shards = [np.load(path, mmap_mode="r") for path in paths]
-            self.crops = self.shards[0].shape[1]
-            whole = sum(map(len, self.shards)) == len(self.labels)
-        except Exception:  # of numpy, json, ...
-            whole = False
-        if not whole:
-            raise UserError(f"{folder} is damaged: delete it and encode again")
+        meta = json.loads((folder / "meta.json").read_text())
+        self.grid, self.codebook_size = tuple(meta["grid"]), meta["codes"]
+        self.class_names, self.tokenizer = meta["classes"], meta["tokenizer"]
+
+        # The first version wrote one file, tokens.npy.
+        paths = sorted(folder.glob("tokens-*.npy")) or [folder / "tokens.npy"]
+        self.shards = [np.load(path, mmap_mode="r") for path in paths]
+        self.labels, self.crops = np.load(folder / "labels.npy"), self.shards[0].shape[1]
+        if sum(map(len, self.shards)) != len(self.labels):
+            raise UserError(f"{folder} lacks a tokens-*.npy: delete it and encode again")
 
         # Held out are the first of a fixed permutation; one image at least remains to learn from.
         rows = np.flatnonzero(self.labels >= 0)
@@ -279,8 +262,7 @@ class TokenFolder:
         """Batch `number` of an endless walk: tokens [size, N], classes [size], int64; of it `part`.
 
         Every image comes once an epoch, in a random order and crop. A batch depends on these
-        arguments alone: a training that is resumed goes on as it would have, and processes with a
-        part each see together what one would see. Any thread may ask.
+        arguments alone: so a training can be resumed, or shared by processes with a part each.
         """
         places = range(number * size, (number + 1) * size)[part]  # in the walk
         epochs = [divmod(place, len(self)) for place in places]

@@ -52,23 +52,19 @@ def picture_grid(pixels, row_labels, title=""):
     pixels: uint8 [n, h, w, 3], row after row, n = rows * columns; row_labels: one str a row; title:
     one line on top. Small images are enlarged with hard pixel edges: what the model drew.
     """
-    rows, columns, gap = len(row_labels), len(pixels) // len(row_labels), 6
+    columns, gap = len(pixels) // len(row_labels), 6
     scale = max(1, 96 // max(pixels.shape[1:3]))
-    cells = pixels[: rows * columns].repeat(scale, 1).repeat(scale, 2)
+    cells = pixels.repeat(scale, 1).repeat(scale, 2)
     cells = np.pad(cells, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)  # [n, H, W, 3]
-
-    # Row by row, lines of pixels first
-    height, width = cells.shape[1:3]
-    cells = cells.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
-    grid = Image.fromarray(cells.reshape(rows * height, columns * width, 3))
+    rows = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+    grid, height = Image.fromarray(np.vstack(rows)), cells.shape[1]
 
     # Labels to the left, the title above
     font = ImageFont.load_default(size=15)
     margin = gap + int(max(font.getlength(label) for label in row_labels)) + gap
     top = gap + (22 if title else 0)
-    total_width = max(margin + grid.width, int(font.getlength(title)) + 2 * gap)
-
-    sheet = Image.new("RGB", (total_width, top + grid.height), "white")
+    width = max(margin + grid.width, int(font.getlength(title)) + 2 * gap)
+    sheet = Image.new("RGB", (width, top + grid.height), "white")
     sheet.paste(grid, (margin, top))
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap - 2), title, fill="black", font=font)

@@ -1,7 +1,6 @@
-"""What makes a training step faster or smaller, and what it costs. For train.py, studies/bench.py.
+"""What makes a training step faster or smaller, and what it costs.
 
-    mixed_precision, speed_up_cpu, checkpoint_activations    less time, or less memory
-    training_flops, matrix_rate                              their ratio is the MFU, at best 1
+The MFU, at best 1, is training_flops of all images in a second as a share of matrix_rate.
 """
 
 import functools
@@ -15,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.border import fast_precision
 
-attention = F.scaled_dot_product_attention
+attention = F.scaled_dot_product_attention  # as it is before speed_up_cpu
 
 
 def mixed_precision(device):
@@ -37,11 +36,10 @@ def speed_up_cpu():
 
 def attention_in_float32(q, k, v, *arguments, **options):
     """F.scaled_dot_product_attention of q, k, v [b, heads, n, D]; returns [b, heads, n, D]."""
-    dtype = v.dtype
-    if dtype is torch.bfloat16:
-        q, k, v = q.float(), k.float(), v.float()
     with torch.autocast("cpu", enabled=False):
-        return attention(q, k, v, *arguments, **options).to(dtype)
+        if v.dtype is torch.bfloat16:
+            return attention(q.float(), k.float(), v.float(), *arguments, **options).bfloat16()
+        return attention(q, k, v, *arguments, **options)
 
 
 def layers_and_head(model):

@@ -1,7 +1,10 @@
-"""A toy world: endless labelled 32 x 32 pictures, drawn here, so that all can be measured exactly.
+"""Two toy worlds: endless labelled pictures, drawn here, so that all can be measured exactly.
 
-Ten classes of storybook icons vary in six respects only: colour, background, x, y, size and flip.
-Because we draw them we know all there is to know: the class, and where the named parts are.
+Ten classes of storybook icons vary in colour, background, x, y, size and flip. Because we draw them
+we know all there is to know: the class, and where the named parts are. In the *plain* world, 32 x
+32 pixels, objects are about equally large, near the middle: a small model learns it in minutes. In
+the *fine* world, 64 x 64, they are near or far, anywhere, now and then cut by the border, and the
+horizon is high or low: a part of an object has been seen small and large.
 `python -m support.toy` writes toy.png, a labelled sheet of examples.
 """
 
@@ -13,8 +16,9 @@ from PIL import Image, ImageDraw
 from support import border, pictures
 
 CLASSES = "face fish flower house car tree boat butterfly mushroom rocket".split()
-SIDE = 32  # pixels, width and height of a picture
-OVERSAMPLING = 4  # drawn at 128 x 128, then averaged: Pillow has no smooth edges of its own
+WORLDS = {"plain": 32, "fine": 64}  # and the width and height of their pictures, in pixels
+SIDE = 32  # of a plain picture; the unit of all lengths is 1/32 of a picture's width, in any world
+OVERSAMPLING = 4  # drawn four times as large, then averaged: Pillow has no smooth edges of its own
 
 # Flat colours, few of them, and a horizon on a multiple of four pixels: a tokenizer that spends one
 # token on 4 x 4 pixels can give most of its codes to edges and details.
@@ -24,32 +28,32 @@ COLOURS = {
 BACKGROUNDS = {  # above and below the horizon
     "meadow": ((186, 226, 248), (142, 206, 118)), "sunset": ((255, 208, 196), (86, 150, 176)),
     "night": ((44, 44, 90), (222, 232, 246)), "room": ((238, 230, 242), (206, 166, 138))}
-HORIZON = 24  # pixels from the top, in every picture
 DARK, WHITE, CREAM, BROWN = (36, 30, 44), (255, 255, 255), (255, 230, 190), (112, 66, 44)
 LEAF, GLASS, FLAME, GOLD = (26, 112, 62), (204, 238, 255), (255, 112, 28), (255, 214, 64)
 
 
 class Pen:
-    """Unit coordinates in, pixels out: objects are described in a square of -1..1, y downwards.
+    """Object coordinates in, pixels out: objects are described in a square of -1..1, y downwards.
 
-    canvas: the large picture; colour: RGB; x, y: the centre; of size 1 the unit is 11 pixels. The
-    pen alone knows place, size and flip; keypoints pass through it too, and cannot disagree.
+    canvas: the picture, oversampled; zoom: its pixels for each of 32 units; colour: RGB; x, y: the
+    centre; size: 1 is 11 units. The pen alone knows place, size and flip; keypoints pass through it
+    too, and cannot disagree.
     """
 
-    def __init__(self, canvas, colour, x, y, size, flip):
-        self.draw, self.colour = ImageDraw.Draw(canvas), colour
+    def __init__(self, canvas, zoom, colour, x, y, size, flip):
+        self.draw, self.zoom, self.colour = ImageDraw.Draw(canvas), zoom, colour
         self.shade = tuple(int(0.7 * channel) for channel in colour)  # wings, roof, fins
         self.x, self.y, self.unit, self.mirror = x, y, 11.0 * size, -1 if flip else 1
 
-    def pixel(self, x, y):
-        """Where the unit coordinates (x, y) are, in pixels from the top-left corner."""
+    def place(self, x, y):
+        """Where the object's coordinates (x, y) are, in units from the top-left corner."""
         return self.x + self.mirror * self.unit * x, self.y + self.unit * y
 
     def polygon(self, colour, *points):
         """A filled polygon through points (x, y)."""
-        places = [self.pixel(x, y) for x, y in points]
+        places = [self.place(x, y) for x, y in points]
         # Pillow's whole numbers are the centres of pixels, ours are their corners: hence the half.
-        corners = [(OVERSAMPLING * x - 0.5, OVERSAMPLING * y - 0.5) for x, y in places]
+        corners = [(self.zoom * x - 0.5, self.zoom * y - 0.5) for x, y in places]
         self.draw.polygon(corners, fill=colour)
 
     def box(self, colour, left, top, right, bottom):
@@ -189,29 +193,44 @@ OBJECTS = [face, fish, flower, house, car, tree, boat, butterfly, mushroom, rock
 # Pictures
 
 
-def draw(class_index, rng, **fixed):
+def folder(world):
+    """Where the networks that have learnt a world are: tokenizer.pt, judge.pt."""
+    return border.CHECKPOINTS if world == "plain" else border.CHECKPOINTS / world
+
+
+def draw(class_index, rng, world="plain", side=None, **fixed):
     """One picture of a class; what varies comes from rng, except what the caller fixes by name.
 
-    class_index: 0..9; rng: numpy Generator; fixed: any of colour (0..5), background (0..3), x and y
-    (centre, 14..18 pixels), size (0.9..1.1) and flip (bool).
-    Returns (image uint8 [32, 32, 3], keypoints {name: (x, y)} in pixels from the top-left corner).
+    class_index: 0..9; rng: numpy Generator; side: pixels (None: the world's), the same picture in
+    any; fixed: any of colour (0..5), background (0..3), size, x and y (the centre), horizon (units
+    from the top) and flip (bool).
+    Returns (image uint8 [side, side, 3], keypoints {name: (x, y)} in pixels from the top left).
     """
-    # All six are drawn, in this order, whatever is fixed: the pictures of a seed must not change.
-    look = {"colour": rng.integers(len(COLOURS)), "background": rng.integers(len(BACKGROUNDS)),
-            "x": rng.uniform(14, 18), "y": rng.uniform(14, 18), "size": rng.uniform(0.9, 1.1),
-            "flip": bool(rng.integers(2))} | fixed
+    # All are drawn, in this order, whatever is fixed: the pictures of a seed must not change.
+    side = side or WORLDS[world]
+    look = {"colour": rng.integers(len(COLOURS)), "background": rng.integers(len(BACKGROUNDS))}
+    if world == "plain":
+        look |= {"x": rng.uniform(14, 18), "y": rng.uniform(14, 18), "size": rng.uniform(0.9, 1.1),
+                 "horizon": 24}
+    else:
+        look |= {"size": 0.5 * 3 ** rng.random(), "horizon": rng.uniform(12, 28)}  # 0.5 .. 1.5
+        reach = 16 - 0.7 * 11 * fixed.get("size", look["size"])  # at most 15% are cut off
+        look |= {"x": rng.uniform(16 - reach, 16 + reach), "y": rng.uniform(16 - reach, 16 + reach)}
+    look |= {"flip": bool(rng.integers(2))} | fixed
     look["colour"] = list(COLOURS.values())[look["colour"]]
     above, below = list(BACKGROUNDS.values())[look.pop("background")]
 
-    large = SIDE * OVERSAMPLING  # pixels
-    canvas = Image.new("RGB", (large, large), above)
-    canvas.paste(below, (0, HORIZON * OVERSAMPLING, large, large))
-    pen = Pen(canvas, **look)
+    zoom = side * OVERSAMPLING / SIDE  # pixels of the large picture for each unit
+    canvas = Image.new("RGB", (side * OVERSAMPLING,) * 2, above)
+    canvas.paste(below, (0, round(look.pop("horizon") * zoom), *canvas.size))
+    pen = Pen(canvas, zoom, **look)
     parts = OBJECTS[class_index](pen)
 
     if look["flip"]:  # the left eye of a mirrored face is the one that is now on the left
         parts = {mirrored(name): part for name, part in parts.items()}
-    keypoints = {name: pen.pixel(x, y) for name, (x, y) in parts.items()}
+    places = {name: pen.place(x, y) for name, (x, y) in parts.items()}
+    keypoints = {name: (x * side / SIDE, y * side / SIDE) for name, (x, y) in places.items()
+                 if 0 <= min(x, y) and max(x, y) < SIDE}  # those in the picture
     return np.asarray(canvas.reduce(OVERSAMPLING)), keypoints  # means of 4 x 4 pixels
 
 
@@ -220,16 +239,18 @@ def mirrored(name):
     return name.replace("left", "?").replace("right", "left").replace("?", "right")
 
 
-def make(n, seed):
+def make(n, seed, world="plain", side=None):
     """n pictures of random classes. Picture i depends on (seed, i) only: more extend fewer.
 
-    Returns (images uint8 [n, 32, 32, 3], classes int64 [n], n dicts of keypoints {name: (x, y)}).
+    world, side: as for `draw`. Returns (images uint8 [n, side, side, 3], classes int64 [n], n dicts
+    of keypoints {name: (x, y)}).
     """
-    images, classes, keypoints = np.empty((n, SIDE, SIDE, 3), np.uint8), np.empty(n, np.int64), []
+    side = side or WORLDS[world]
+    images, classes, keypoints = np.empty((n, side, side, 3), np.uint8), np.empty(n, np.int64), []
     for i in range(n):
         rng = np.random.default_rng([seed, i])
         classes[i] = rng.integers(len(CLASSES))  # of picture i's own randomness
-        images[i], parts = draw(classes[i], rng)
+        images[i], parts = draw(classes[i], rng, world, side)
         keypoints.append(parts)
     return images, classes, keypoints
 

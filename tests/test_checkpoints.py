@@ -80,10 +80,6 @@ def complaint(path):
     return message
 
 
-def test_a_missing_checkpoint_is_named(tmp_path):
-    assert "nothing.pt" in complaint(tmp_path / "nothing.pt")
-
-
 def test_without_the_package_for_safetensors_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
     (tmp_path / "a.safetensors").write_bytes(b"anything")
@@ -91,11 +87,12 @@ def test_without_the_package_for_safetensors_the_remedy_is_named(tmp_path, monke
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_named(model, tmp_path, share):
+def test_a_truncated_or_missing_checkpoint_is_named(model, tmp_path, share):
     save_randar(model, tmp_path / "a.pt")
     content = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "a.pt").write_bytes(content[: int(share * len(content))])
-    assert "truncated" in complaint(tmp_path / "a.pt")
+    assert "may be truncated" in complaint(tmp_path / "a.pt")
+    assert "no checkpoint at" in complaint(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize("content", [

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -31,20 +30,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """A function that runs `python tokenizer.py ...` in this process."""
-
-    def run(line):
-        monkeypatch.setattr(sys, "argv", ["tokenizer.py", *line.split()])
-        tokenizer.main()
-
-    before = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, before)
-
-
-ENCODE = "encode --images photos --tokenizer tok.pt --batch-size 2"
+ENCODE = "tokenizer.py encode --images photos --tokenizer tok.pt --batch-size 2"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,12 +154,9 @@ def test_pixels_in_memory_are_encoded_as_files_are(here):
     assert [*files_of(here / "files").values()] == [*files_of(here / "pixels").values()]
 
 
-def test_without_a_readable_image_there_is_no_token_folder(here, run, capsys):
-    for path in (here / "photos").rglob("*.png"):
-        path.write_text("no image")
-    with pytest.raises(SystemExit, match="2"):
-        run(f"{ENCODE} --out tokens")
-    assert "none of the 6 files is readable: delete tokens" in capsys.readouterr().err
+def test_without_a_readable_image_there_is_no_token_folder(here):
+    with pytest.raises(UserError, match="none of the 1 files is readable: delete tokens"):
+        encode_images(["photos/ant/1.png"], [0], ["ant"], small_tokenizer(), "tok.pt", "tokens")
     assert not os.path.exists("tokens/labels.npy")
 
 
@@ -206,9 +189,7 @@ def stop_after(monkeypatch):
 
 @pytest.mark.parametrize("batches, number", [
     (0, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_started_again_it_goes_on_with_the_next_shard(
-        here, run, whole, stop_after, batches, number):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore Ctrl-C
+def test_started_again_it_goes_on(here, run, whole, stop_after, batches, number):
     stop_after(batches, number)
     with pytest.raises(SystemExit, match="130"):
         run(f"{ENCODE} --out tokens")
@@ -277,7 +258,7 @@ def released(here):
     return here / "released"
 
 
-PACK = "pack --tokens released --tokenizer tok.pt --out tokens"
+PACK = "tokenizer.py pack --tokens released --tokenizer tok.pt --out tokens"
 
 
 def test_packed_tokens_are_the_released_ones_with_class_numbers_as_names(released, run):
@@ -404,13 +385,7 @@ def test_a_part_of_a_batch_is_that_part_of_the_whole(folder, part):
         assert all(torch.equal(a[part], b) for a, b in zip(whole, some))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: (path / "meta.json").unlink(),
-    lambda path: (path / "meta.json").write_text("[1, 2]"),
-    lambda path: (path / "tokens-0001.npy").unlink(),
-    lambda path: (path / "tokens-0001.npy").write_bytes(b"no array")])
-def test_a_damaged_token_folder_is_an_error_in_one_line(folder, tmp_path, damage):
-    damage(tmp_path)
-    with pytest.raises(UserError, match="is damaged: delete it and encode again") as error:
+def test_a_token_folder_that_lacks_a_shard_is_an_error(folder, tmp_path):
+    (tmp_path / "tokens-0001.npy").unlink()
+    with pytest.raises(UserError, match="lacks a tokens-.*: delete it and encode again"):
         TokenFolder(tmp_path)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 import json
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from helpers import seeded
 from torch import Tensor, nn
 
 from studies import evaluate
-from studies.evaluate import Inception, gaussian, inception_score, precision_recall
+from studies.evaluate import (gaussian, inception_features, inception_score, load_inception,
+                              precision_recall)
 from support import judge, toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated; the file is what it is
@@ -105,12 +107,12 @@ def between(x: Tensor, axis: int) -> Tensor:
 
 
 class Network(nn.Module):
-    def __init__(self, shifted: bool, mixed: str):
+    def __init__(self, shifted: bool):
         super().__init__()
         torch.manual_seed(0)
         self.shifted = shifted
         self.layers = nn.Sequential(OrderedDict([
-            ("conv", nn.Conv2d(3, 6, 1, stride=200)), (mixed, Mixed()),
+            ("conv", nn.Conv2d(3, 6, 1, stride=200)), ("mixed_6", Mixed()),
             ("pool2", nn.AdaptiveAvgPool2d(1))]))
         self.output = nn.Linear(12, 5)
 
@@ -130,11 +132,14 @@ class Network(nn.Module):
 def networks(tmp_path_factory):
     """A folder of TorchScript files."""
     folder = tmp_path_factory.mktemp("networks")
-    right, names = Network(False, "mixed_6"), Network(False, "b")
-    for name, network in {"inception": right, "other_names": names, "no_inception": Mixed(),
-                          "shifted": Network(True, "mixed_6")}.items():
+    for name, network in {"inception": Network(False), "shifted": Network(True),
+                          "no_inception": Mixed()}.items():
         torch.jit.script(network).save(folder / f"{name}.pt")
     return folder
+
+
+def seen_by(networks, file, pixels):
+    return inception_features(pixels, load_inception(networks / file))
 
 
 def noise(n, seed, side=24, top=256):
@@ -143,9 +148,9 @@ def noise(n, seed, side=24, top=256):
 
 @torch.no_grad()
 def test_the_features_are_those_of_the_call_and_of_the_convolution_in_mixed_6(networks):
-    pixels, network = noise(5, 0), Network(False, "mixed_6")
+    pixels, network = noise(5, 0), Network(False)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    pool, spatial, probabilities = Inception(networks / "inception.pt")(pixels)
+    pool, spatial, probabilities = seen_by(networks, "inception.pt", pixels)
     torch.testing.assert_close(pool, network(images, return_features=True))
     torch.testing.assert_close(probabilities, network(images, no_output_bias=True))
     resized = (between(between(images.float(), 2), 3) - 128) / 128
@@ -155,9 +160,8 @@ def test_the_features_are_those_of_the_call_and_of_the_convolution_in_mixed_6(ne
     torch.testing.assert_close(spatial, maps)
 
 
-@pytest.mark.parametrize("file", ["other_names.pt", "shifted.pt"])
-def test_parts_that_do_not_lead_to_the_features_of_the_call_are_not_used(networks, file):
-    pool, spatial, _ = Inception(networks / file)(noise(3, 0))
+def test_parts_that_do_not_lead_to_the_features_of_the_call_are_not_used(networks):
+    pool, spatial, _ = seen_by(networks, "shifted.pt", noise(3, 0))
     assert spatial.shape == (3, 0) and pool.shape == (3, 12)
 
 
@@ -168,28 +172,23 @@ def half(pixels):
     return evaluate.Features(seen[:, :2], seen, probabilities)
 
 
-def test_the_figures_are_those_of_the_features_and_statistics_that_fit_replace_the_reference():
+def test_the_figures_are_those_of_the_features_classes_and_stored_statistics(monkeypatch):
     samples, reference = noise(300, 0, side=4, top=200), noise(200, 1, side=4)
     x, y = half(samples), half(reference)
-    figures = evaluate.evaluate(samples, reference, half, batch_size=64)
+    monkeypatch.setattr(evaluate, "BATCH", 64)
+    figures = evaluate.evaluate(samples, reference, half)
     for name, a, b in (("FID", x.pool, y.pool), ("sFID", x.spatial, y.spatial)):
         expected = judge.frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
         assert figures[name] == pytest.approx(expected, rel=1e-4)
     assert figures["IS"] == inception_score(x.probabilities)
     assert (figures["precision"], figures["recall"]) == precision_recall(y.pool, x.pool)
-    assert figures.keys() == {"FID", "sFID", "IS", "precision", "recall", "stored"}
+    assert figures.keys() == {"FID", "sFID", "IS", "precision", "recall"}
 
-    stored = {"sFID": gaussian(x.spatial), "FID": (torch.zeros(7), torch.eye(7))}
-    again = evaluate.evaluate(samples, reference, half, stored=stored)
-    assert again["stored"] == ["sFID"] and again["sFID"] == pytest.approx(0, abs=1e-6)
+    wrong = (samples[:, 0, 0, 0] > 127) ^ (np.arange(300) < 75)  # a quarter is wrong
+    stored = {"sFID": gaussian(x.spatial)}
+    again = evaluate.evaluate(samples, reference, half, wrong, stored)
+    assert again["accuracy"] == 0.75 and again["sFID"] == pytest.approx(0, abs=1e-6)
     assert again["FID"] == figures["FID"] and again["recall"] == figures["recall"]
-
-
-def test_accuracy_is_the_share_of_samples_that_show_their_class():
-    samples = noise(100, 0, side=4)
-    seen = (samples[:, 0, 0, 0] > 127).astype(int)
-    wrong = np.where(np.arange(100) < 25, 1 - seen, seen)
-    assert evaluate.evaluate(samples, samples, half, classes=wrong)["accuracy"] == 0.75
 
 
 # ------------------------------------------------------------------------------------------------
@@ -230,9 +229,9 @@ def test_inceptions_figures_come_from_two_files(measured, networks):
     samples, reference = noise(40, 0), noise(30, 1, top=230)
     np.savez("samples.npz", arr_0=samples, arr_1=np.arange(40))  # not Inception's classes
     np.savez_compressed("real.npz", arr_0=reference)
-    figures = measured(f"--samples samples.npz --reference real.npz {INCEPTION} --batch-size 9")
-    expected = evaluate.evaluate(samples, reference, Inception(networks / "inception.pt"))
-    assert figures.pop("stored") == expected.pop("stored") == [] and "accuracy" not in figures
+    figures = measured(f"--samples samples.npz --reference real.npz {INCEPTION}")
+    expected = evaluate.evaluate(samples, reference, partial(seen_by, networks, "inception.pt"))
+    assert figures.pop("stored") == [] and "accuracy" not in figures
     assert figures == pytest.approx(expected, rel=1e-3)
     same = measured(f"--samples real.npz --reference real.npz {INCEPTION}")
     assert same["FID"] == pytest.approx(0, abs=1e-6) and same["sFID"] == pytest.approx(0, abs=1e-5)
@@ -240,14 +239,14 @@ def test_inceptions_figures_come_from_two_files(measured, networks):
 
 def test_statistics_stored_in_the_reference_are_used_and_that_is_said(measured, networks, capsys):
     samples = noise(40, 0)
-    pool, spatial, _ = Inception(networks / "inception.pt")(samples)
+    pool, spatial, _ = seen_by(networks, "inception.pt", samples)
     stored = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), gaussian(pool) + gaussian(spatial)))
     np.savez("samples.npz", arr_0=samples)
     np.savez("real.npz", arr_0=noise(30, 1, top=20), **{k: x.detach() for k, x in stored.items()})
     figures = measured(f"--samples samples.npz --reference real.npz {INCEPTION}")
     assert figures["FID"] == pytest.approx(0, abs=1e-4) == figures["sFID"]
     assert figures["precision"] == 0  # from the pictures, which are others
-    assert "stored in the reference: ['FID', 'sFID']" in capsys.readouterr().out
+    assert "stored in the reference: FID, sFID" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line, complaint", [
@@ -256,9 +255,8 @@ def test_statistics_stored_in_the_reference_are_used_and_that_is_said(measured, 
     ("--samples float.npz", "arr_0 of float.npz is float64 [9, 32, 32, 3], not uint8 [n, H, W, 3]"),
     ("--samples few.npz", "64 samples and a reference of 300 are too few: give at least 65"),
     ("--samples large.npz", "the samples are [24, 24, 3], the reference is [32, 32, 3]: give"),
-    ("--samples large.npz --reference large.npz", "the judge takes float images [n, 3, 32, 32]"),
-    ("--samples large.npz --inception NETWORKS/no_inception.pt", "inception-2015-12-05.pt"),
-    ("--samples few.npz --batch-size 0", "--batch-size")])
+    ("--samples large.npz --reference large.npz", "the judge takes float images"),
+    ("--samples large.npz --inception NETWORKS/no_inception.pt", "inception-2015-12-05.pt")])
 def test_a_mistake_is_one_line_and_exit_code_two(measured, capsys, line, complaint):
     toys = noise(64, 0, side=32)
     for name, pixels in {"few": toys, "large": noise(9, 0), "float": toys[:9] / 255}.items():

@@ -129,13 +129,13 @@ def test_a_row_for_each_layer_is_printed_and_all_are_drawn(folder, run, capsys):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("--number 0", "--number"), ("--layer 3", "layer must be from 1"),
-    ("--out pairs.txt", "ends in .png"), ("--data nowhere", "give SPair-71k's folder"),
-    ("--layer 1 --ckpt randar.pt randar.pt", "give one --ckpt")])
+    ("--number 0", "--number"), ("--out pairs.txt", "ends in .png"),
+    ("--data SPair-71k --layer 3", "layer must be from 1"),
+    ("--data nowhere", "give SPair-71k's folder"), ("--data SPair-71k --ckpt a b", "one --ckpt")])
 def test_a_mistake_is_one_line_and_nothing_is_written(folder, run, capsys, line, message):
     before = set(folder.iterdir())
     with pytest.raises(SystemExit) as stop:
-        run("studies/features.py " + (line if "--ckpt" in line else f"{line} --ckpt randar.pt"))
+        run(f"studies/features.py --ckpt randar.pt {line}")
     said = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(said) == 1 and message in said[0]
     assert set(folder.iterdir()) == before

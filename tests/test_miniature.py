@@ -1,8 +1,9 @@
 """The paper in miniature: studies/miniature.py trains and measures what notebook 8 shows."""
 
+import json
 import pathlib
 import shutil
-import sys
+import subprocess
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers import small_model
 
 from randar import load_randar
 from studies import miniature
-from studies.miniature import RUNS, SEEDS, STEPS, TRAININGS, mean_and_spread, read, runs_of, weights
+from studies.miniature import RUNS, SEEDS, STEPS, TRAININGS, mean_and_spread, read, weights
 from support import border
 
 CPU = torch.device("cpu")
@@ -45,10 +46,8 @@ def test_all_that_ships_is_small():
 @pytest.mark.parametrize("name", RUNS)
 def test_every_comparison_was_measured_with_all_seeds(name):
     rows = read(name)
-    assert all(run in [row["run"] for row in rows] for run in runs_of(name))
-    for row in rows:
-        assert len(row["results"]) == len(SEEDS)
-        assert all(0 <= result["accuracy"] <= 1 and result["FID"] > 0 for result in row["results"])
+    assert all(run in [row["run"] for row in rows] for run in RUNS[name])
+    assert all(len(row["results"]) == len(SEEDS) for row in rows)
 
 
 def test_random_order_beats_guessing_by_far_in_what_was_measured():
@@ -62,15 +61,12 @@ def test_the_spread_is_the_standard_deviation_between_seeds():
 
 def test_measuring_goes_on_where_it_was_stopped(elsewhere, monkeypatch):
     asked = []
-
-    def figures(run, seed, device):
-        asked.append((run["cfg"], seed))
-        return {"FID": 1.0}
-
     gone = row(cfg=9.0)  # nobody asks for it any more: it is neither measured nor lost
-    miniature.write("one", [gone, row(cfg=1.0, fid=(1.0,))])
-    monkeypatch.setattr(miniature, "figures", figures)
-    monkeypatch.setattr(miniature, "runs_of", lambda name: [row()["run"], row(cfg=2.0)["run"]])
+    (elsewhere / "results").mkdir()
+    (elsewhere / "results/one.json").write_text(json.dumps([gone, row(cfg=1.0, fid=(1.0,))]))
+    monkeypatch.setattr(miniature, "figures",
+                        lambda run, seed, device: asked.append((run["cfg"], seed)))
+    monkeypatch.setitem(RUNS, "one", [row()["run"], row(cfg=2.0)["run"]])
     miniature.measure("one", CPU)
     assert asked == [(2.0, 0), (1.0, 1), (2.0, 1), (1.0, 2), (2.0, 2)]
     assert [len(row["results"]) for row in read("one")] == [3, 3, 3] and read("one")[0] == gone
@@ -84,28 +80,27 @@ def test_figures_are_those_of_the_samples_of_a_seed(elsewhere, monkeypatch):
     assert first == again != other and set(first) == set(miniature.FIGURES)
 
 
-def test_training_does_what_is_missing_and_goes_on_from_what_is_there(elsewhere, monkeypatch):
-    lines = []
+def test_training_does_what_is_missing_goes_on_from_what_is_there_and_ends_where_it_fails(
+        elsewhere, monkeypatch):
+    lines, codes = [], iter((0, 0, 130))
 
-    def pretend(line):
-        lines.append(" ".join(line[2:]))
+    def pretend(line, cwd):
+        lines.append(" ".join(line[1:]))
         folder = pathlib.Path(line[line.index("--out") + 1])
-        border.save({"step": int(line[line.index("--steps") + 1])}, folder / "training.pt")
+        border.save({}, folder / "training.pt")
         border.save({}, folder / "randar.pt")
+        return subprocess.CompletedProcess(line, next(codes))
 
-    trainings = {"tiny": ("--size tiny", (600, STEPS)), "toy": ("", (STEPS,))}
+    trainings = {"tiny": ("--size tiny", (600, STEPS)), "toy": ("", (STEPS,)),
+                 "raster": ("--order raster", (STEPS,))}
     monkeypatch.setattr(miniature, "TRAININGS", trainings)
-    monkeypatch.setattr(miniature, "run_to_its_end", pretend)
+    monkeypatch.setattr(miniature.subprocess, "run", pretend)
     border.save(small_model().state_dict(), weights("toy"))  # this one is there
-    miniature.train(elsewhere)
-    out = f"--out {elsewhere}/tiny"
-    assert lines == [f"--size tiny --steps 600 --descent 0 {out}",
-                     f"--size tiny --steps {STEPS} --descent {1 / 6} --resume {out}"]
-    assert weights("tiny", 600).is_file() and weights("tiny").is_file()
-
-
-def test_a_training_that_fails_ends_with_its_own_exit_code():
-    miniature.run_to_its_end([sys.executable, "-c", "open('train.py')"])  # in the project's folder
     with pytest.raises(SystemExit) as stop:
-        miniature.run_to_its_end([sys.executable, "-c", "raise SystemExit(130)"])
-    assert stop.value.code == 130
+        miniature.train(elsewhere)
+    last = f"--steps {STEPS} --descent {1 / 6}"
+    assert lines == [f"train.py --size tiny --steps 600 --descent 0 --out {elsewhere}/tiny",
+                     f"train.py --size tiny {last} --resume --out {elsewhere}/tiny",
+                     f"train.py --order raster {last} --out {elsewhere}/raster"]
+    assert weights("tiny", 600).is_file() and weights("tiny").is_file()
+    assert stop.value.code == 130 and not weights("raster").is_file()

@@ -113,7 +113,7 @@ def test_without_an_order_each_image_gets_a_fresh_random_one(model, batch, monke
 
 def test_classes_are_dropped_in_training_only(batch):
     tokens, classes, order = batch
-    model = small_model(dropout=0.0, class_dropout=1.0)
+    model = small_model(token_dropout=0.0, dropout=0.0, class_dropout=1.0)
     given, none = model(tokens, classes, order)[1], model(tokens, torch.full((3,), C), order)[1]
     assert given != none and model.train()(tokens, classes, order)[1] == none
 
@@ -136,11 +136,11 @@ def test_one_class_in_ten_is_dropped():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_tokens_attention_and_feed_forward_have_dropout_in_training_only(model, batch, monkeypatch, training):
-    calls = []
+def test_tokens_attention_and_feed_forward_have_dropout_in_training_only(batch, monkeypatch, training):
+    model, calls = small_model(token_dropout=0.2), []
     monkeypatch.setattr(F, "dropout", lambda x, p, active: calls.append((p, active)) or x)
     model.train(training)(*batch)
-    assert calls == [(0.1, training)] * (1 + 2 * model.config.n_layer)
+    assert calls == [(0.2, training)] + [(0.1, training)] * 2 * model.config.n_layer
 
 
 def test_gradients_reach_every_parameter(model, batch):

@@ -91,6 +91,37 @@ def test_a_part_has_its_colour_at_its_keypoint_flipped_or_not(class_name, part, 
         assert np.abs(pixel_at(image, keypoints[part]) - colour).max() < 40
 
 
+@pytest.mark.parametrize("size", [0.5, 0.8, 1.5])
+@pytest.mark.parametrize("side", [64, 128])
+def test_in_the_fine_world_a_part_has_its_colour_at_every_size(size, side):
+    fixed = {"colour": 0, "background": 0, "size": size, "x": 15, "y": 17}
+    for name, part, colour in (("fish", "tail", [int(0.7 * c) for c in toy.COLOURS["red"]]),
+                               ("face", "left eye", toy.DARK), ("boat", "keel", toy.BROWN)):
+        rng = np.random.default_rng(0)
+        image, keypoints = toy.draw(toy.CLASSES.index(name), rng, "fine", side, **fixed)
+        assert np.abs(pixel_at(image, keypoints[part]) - colour).max() < 40
+
+
+def test_a_fine_picture_depends_on_its_seed_only_and_is_the_same_at_any_size():
+    images, classes, keypoints = toy.make(20, seed=7, world="fine")
+    assert images.shape == (20, 64, 64, 3)
+    assert (toy.make(5, seed=7, world="fine")[0] == images[:5]).all()
+
+    large, same, places = toy.make(20, seed=7, world="fine", side=128)
+    assert (same == classes).all()
+    halved = large.reshape(20, 64, 2, 64, 2, 3).mean((2, 4))
+    assert np.abs(halved - images).mean() < 3  # of 255: edges are averaged otherwise
+    for small, twice in zip(keypoints, places):
+        assert small.keys() == twice.keys()
+        assert all(twice[name] == pytest.approx((2 * x, 2 * y)) for name, (x, y) in small.items())
+
+
+def test_keypoints_that_the_border_cuts_off_are_left_out():
+    _, _, keypoints = toy.make(300, seed=3, world="fine")
+    assert min(map(len, keypoints)) >= 2 and len(set(map(len, keypoints))) > 3
+    assert all(0 <= z < 64 for places in keypoints for place in places.values() for z in place)
+
+
 def test_a_flip_mirrors_the_keypoints():
     for name in toy.CLASSES:
         _, straight = centred(name, flip=False)
@@ -142,17 +173,19 @@ def test_a_score_does_not_depend_on_the_other_images(fresh):
 @pytest.mark.parametrize("images", [
     torch.zeros(4, 32, 32, 3), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)])
 def test_images_of_a_wrong_shape_or_type_are_refused(images):
-    with pytest.raises(UserError, match=r"float images \[n, 3, 32, 32\]"):
+    with pytest.raises(UserError, match=r"float images \[n, 3, S, S\]"):
         judge.judge_features(images)
 
 
-def test_training_writes_a_judge_that_loads(monkeypatch, tmp_path):
-    monkeypatch.setattr(judge, "JUDGE_PATH", tmp_path / "judge.pt")
-    monkeypatch.setattr(judge, "REFERENCE_SIZE", 100)
-    judge.train_judge(2, judge.JUDGE_PATH)
-    _, mean, covariance = judge.load_judge.__wrapped__()
-    assert mean.shape == (64,) and covariance.shape == (64, 64)
-    assert mean.dtype == covariance.dtype == torch.float32
+@pytest.mark.parametrize("world", toy.WORLDS)
+def test_training_writes_a_judge_that_loads(world, monkeypatch, tmp_path):
+    monkeypatch.setattr(toy, "folder", lambda world: tmp_path)
+    monkeypatch.setattr(judge, "REFERENCE_SIZE", 20)
+    judge.train_judge(1, tmp_path / "judge.pt", world)
+    for side in judge.SIDES[world]:
+        _, mean, covariance = judge.load_judge.__wrapped__("cpu", side)
+        assert mean.shape == (64,) and covariance.shape == (64, 64)
+        assert mean.dtype == covariance.dtype == torch.float32
 
 
 # --------------------------------------------------------------------------------------------------
