@@ -185,9 +185,11 @@ def draw(result, path):
 def bench(args):
     """Measure as the command line says, print the tables, write them and the picture."""
     device, out = border.pick_device(args.device), border.writable_folder(args.out)
-    toy, gpu = args.size in ("toy", "tiny"), device.type == "cuda"  # toy: 64 tokens, 512 codes
+    side = {"tiny": 8, "toy": 8, "fine": 16}.get(args.size)  # tokens, of our own worlds
+    toy, gpu, settings = side is not None, device.type == "cuda", SIZES[args.size]
+    if toy:
+        settings = settings | dict(grid=(side, side), vocab_size=512, num_classes=10)
     batch = args.batch_size or (64 if toy or gpu else 2)
-    settings = SIZES[args.size] | (dict(grid=(8, 8), vocab_size=512, num_classes=10) if toy else {})
 
     # What the device can do: operations a second, in the precisions of train.py and of sample.py,
     # and bytes a second that it reads from its memory, of far more than its caches hold.
