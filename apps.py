@@ -431,8 +431,8 @@ def inputs(args, model, tokenizer, number):
     """(images [b, 3, H, W], classes [b]): --image, which has no class, or `number` toy pictures."""
     if args.image:
         images, classes = pictures.read_picture(args.image)[None], torch.tensor([model.null_class])
-    elif model.class_names == toy.CLASSES:
-        pixels, classes, _ = toy.make(number, EXAMPLES)
+    elif toy.world_of(model, tokenizer):
+        pixels, classes, _ = toy.make(number, EXAMPLES, toy.world_of(model, tokenizer))
         images, classes = pictures.from_uint8(pixels), torch.from_numpy(classes)
     else:
         raise UserError(f"{args.ckpt} does not know the toy world: give a picture, --image FILE")
@@ -500,10 +500,10 @@ def extrapolate_command(args, model, tokenizer, names):
 
 def correspond_command(args, model, tokenizer, names):
     """find the parts of toy objects on others of their class"""
-    asked, found = [], []
+    asked, found, world = [], [], toy.world_of(model, tokenizer) or "plain"
     for i in range(args.number):
         rng, label = np.random.default_rng([EXAMPLES, args.seed, i]), i % len(toy.CLASSES)
-        (source, parts), (target, _) = toy.draw(label, rng), toy.draw(label, rng)
+        (source, parts), (target, _) = (toy.draw(label, rng, world) for _ in range(2))
         points = torch.tensor(list(parts.values()))  # (x, y), [k, 2]
         options = dict(layer=args.layer, order=args.order, generator=seeded(args, args.seed))
         both = pictures.from_uint8(np.stack([source, target]))  # [2, 3, H, W]
@@ -577,10 +577,9 @@ def main():
         sheet = pictures.picture_grid(np.concatenate(shown), [label for label, _, _ in rows])
         pictures.save_picture(sheet, args.out)
         print(f"wrote {args.out}, up to {SHOWN} pictures of each row")
-        side = model.config.grid[0] * tokenizer.config.downsampling
         for label, images, classes in rows:
             if classes is not None:
-                say_verdict(label, images, classes, model, side)
+                say_verdict(label, images, classes, toy.world_of(model, tokenizer))
 
 
 if __name__ == "__main__":

@@ -205,15 +205,14 @@ def write_pictures(args, rows, names, f):
         print(f"wrote {path}")
 
 
-def say_verdict(name, images, classes, model, side):
-    """What the judge says of a toy world's images [n, 3, S, S] and their classes, n ints.
+def say_verdict(name, images, classes, world):
+    """What the judge of a world says of images [n, 3, S, S] and their classes, n ints; or nothing.
 
-    side: of the pictures of the model's world, in pixels; it has learned their multiples, or none.
+    Images that are larger than it knows are reduced.
     """
-    sides = next((sides for sides in judge.SIDES.values() if side in sides), ())
-    if model.class_names == toy.CLASSES and sides and len(images) > 1:
-        if images.shape[-1] not in sides:
-            images = F.adaptive_avg_pool2d(images, side)
+    if world and len(images) > 1:
+        if images.shape[-1] not in judge.SIDES[world]:
+            images = F.adaptive_avg_pool2d(images, toy.WORLDS[world])
         verdict = judge.judge(images, classes)
         print(f"{name}: judge {verdict['accuracy']:.1%} of {len(images)}, "
               f"Frechet {verdict['frechet']:.2f}")
@@ -239,10 +238,10 @@ def main():
             border.writable_folder(pathlib.Path(args.npz).parent, "--npz")
 
         # Pictures pass by, on their way to the file. Some are kept: to be shown, for the judge.
-        toy_world, rows = model.class_names == toy.CLASSES, {label: [] for label in shown}
+        world, rows = toy.world_of(model, tokenizer), {label: [] for label in shown}
         batches = sample_batches(model, tokenizer, classes, args.seed, args.batch_size, rank,
                                  processes, **options)
-        pixels = keep(batches, classes, rows, most=len(classes) if toy_world else SHOWN)
+        pixels = keep(batches, classes, rows, most=len(classes) if world else SHOWN)
         f, (h, w) = tokenizer.config.downsampling, model.config.grid
         if args.npz and rank == 0:
             write_npz(args.npz, pixels, classes, f * h, f * w)
@@ -254,7 +253,7 @@ def main():
             write_pictures(args, rows, names, f)
             labels = [label for label, row in rows.items() for _ in row]
             images = np.stack([pixels for row in rows.values() for pixels, _ in row])
-            say_verdict("samples", pictures.from_uint8(images), labels, model, f * h)
+            say_verdict("samples", pictures.from_uint8(images), labels, world)
 
 
 if __name__ == "__main__":

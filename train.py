@@ -51,7 +51,7 @@ RECIPE = {  # flag: (default, type, text)
 }
 TOY = {"steps": 1200, "batch_size": 64, "micro_batch": 64, "learning_rate": 3e-3, "dropout": 0.0,
        "token_dropout": 0.0, "picture_every": 250}  # instead, for the sizes
-FINE = TOY | {"steps": 5000, "batch_size": 32, "learning_rate": 2e-3, "token_dropout": 0.1,
+FINE = TOY | {"steps": 3500, "batch_size": 32, "learning_rate": 2e-3, "token_dropout": 0.1,
               "picture_every": 500}
 TOY_SIZES = {"tiny": TOY, "toy": TOY, "fine": FINE}
 SIZES_OF = {"randar": SIZES, "rar": RAR_SIZES}

@@ -37,10 +37,11 @@ NO_RASTER = ("This needs a model of raster order: train one (python train.py --o
 
 
 def open_course(model="toy", randar=None, raster=None, tokenizer=None, images=None):
-    """What a notebook works on. model: "toy", the weights that ship; else the files are opened.
+    """What a notebook works on: the namespace below.
 
+    model: "toy" or "fine", which ship, of the plain and the fine world; else the files are opened.
     randar, tokenizer: released or own weights; raster: a counterpart of raster order, None where
-    there is none; images: a folder of class folders of images, for `examples`. Returns a namespace:
+    there is none; images: a folder of class folders of images, for `examples`.
 
     randar, raster      the models, in eval mode, on the GPU if there is one; raster may be None
     tokenizer, device
@@ -50,11 +51,15 @@ def open_course(model="toy", randar=None, raster=None, tokenizer=None, images=No
     examples            function (n, seed=0) -> tokens [n, N], classes [n], uint8 [n, H, W, 3]
     """
     device = border.pick_device()
+    world = {"toy": "plain", "fine": "fine"}.get(model)
     if model == "toy":
         torch.set_num_threads(1)  # the toy model is too small to be shared among cores
         randar = border.CHECKPOINTS / "randar_toy.pt"
         raster = border.CHECKPOINTS / "randar_toy_raster.pt"
-        tokenizer = border.CHECKPOINTS / "tokenizer.pt"
+    elif model == "fine":
+        randar = toy.folder(world) / "randar.pt"
+    if world:
+        tokenizer = toy.folder(world) / "tokenizer.pt"
     elif randar is None or tokenizer is None:
         raise UserError(f'MODEL = "{model}" needs its files: '
                         "PATHS = dict(randar=..., tokenizer=...)")
@@ -65,8 +70,8 @@ def open_course(model="toy", randar=None, raster=None, tokenizer=None, images=No
     num_tokens = randar.config.grid[0] * randar.config.grid[1]
 
     def examples(n, seed=0):
-        if model == "toy":
-            pixels, classes, _ = toy.make(n, seed)
+        if world:
+            pixels, classes, _ = toy.make(n, seed, world)
         else:
             pixels, classes = images_of(images, n, seed, tokenizer.config.image_size, all_names)
         batches = pictures.from_uint8(pixels).split(64)

@@ -46,7 +46,7 @@ PARALLEL, ALL = 22, 64  # decoding steps: 88 of 256 as a share of 64, and one to
 # Figure 4a wants the same training after fewer steps. The learning rate is constant up to the last
 # sixth: a training to 600 steps without a descent is the beginning of that to 5,400.
 
-STEPS, FINE_STEPS = 5400, 9000
+STEPS, FINE_STEPS = 5400, 3500
 TRAININGS = {  # name: flags of train.py, and the steps at which weights are kept
     "toy": ("", (600, 1800, STEPS)),
     "tiny": ("--size tiny", (600, 1800, STEPS)),
@@ -150,12 +150,16 @@ def figures(run, seed, device):
 
 
 def enlarged(run, seed, device):
-    """The same of ENLARGED pictures of a larger size; run: keywords of apps.extrapolate."""
+    """The same of ENLARGED pictures of a larger size; run: keywords of apps.extrapolate.
+
+    In 128 steps, and in step 1 as many, not one token a step: eight times faster, a little worse.
+    """
     model, tokenizer, world = load("fine", FINE_STEPS, device)
+    model.to(border.fast_precision(device))
     generator = torch.Generator(device).manual_seed(seed)
     classes, pixels = torch.arange(ENLARGED, device=device) % len(toy.CLASSES), []
     for some in classes.split(BATCH):
-        images, _ = extrapolate(model, tokenizer, some, generator=generator, **run)
+        images, _ = extrapolate(model, tokenizer, some, steps=128, generator=generator, **run)
         pixels.append(pictures.to_uint8(images))
     return compared(np.concatenate(pixels), classes.cpu().numpy(), seed, world)
 

@@ -128,10 +128,14 @@ def labelled_batch(n, seed, world, side):
 
 
 def disturb(images, most):
-    """Some blur, noise and brightness: what any tokenizer does should not change answers."""
+    """Some blur, noise and brightness: what any tokenizer does should not change answers.
+
+    most: of the first two; little where the judge is to see whether a picture is sharp.
+    """
     blur, noise, light = torch.rand(3, len(images), 1, 1, 1)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)  # 3 x 3
-    noisy = torch.lerp(images, blurred, most * blur) + 0.15 * noise * torch.randn_like(images)
+    noisy = torch.lerp(images, blurred, most * blur)
+    noisy = noisy + 0.15 * most * noise * torch.randn_like(images)
     return noisy + 0.2 * (light - 0.5)
 
 

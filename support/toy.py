@@ -193,6 +193,13 @@ OBJECTS = [face, fish, flower, house, car, tree, boat, butterfly, mushroom, rock
 # Pictures
 
 
+def world_of(model, tokenizer):
+    """The name of the world that a model has learnt, or None: its classes and picture size tell."""
+    side = model.config.grid[0] * tokenizer.config.downsampling  # pixels
+    known = {size: world for world, size in WORLDS.items()}
+    return known.get(side) if model.class_names == CLASSES else None
+
+
 def folder(world):
     """Where the networks that have learnt a world are: tokenizer.pt, judge.pt."""
     return border.CHECKPOINTS if world == "plain" else border.CHECKPOINTS / world
