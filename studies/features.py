@@ -29,7 +29,7 @@ from support import border, pictures, toy
 from support.border import UserError
 
 # ------------------------------------------------------------------------------------------------
-# Two figures: the share of correct keypoints, PCK (Table 5), and a linear probe (Table C)
+# Two figures (Table 5): the share of correct keypoints, PCK, and a linear probe
 
 
 def correct(found, truth, side):
@@ -42,7 +42,7 @@ def correct(found, truth, side):
 
 def pck(right):
     """PCK: (mean over pairs, mean over all points); right: bool [k] of each pair."""
-    by_pair = torch.stack([x.float().mean() for x in right])
+    by_pair = torch.stack([x.float().mean() for x in right if len(x)])  # of points that both show
     return by_pair.mean().item(), torch.cat(right).float().mean().item()
 
 
@@ -77,21 +77,26 @@ Pair = namedtuple("Pair", "source target source_points target_points side name")
 UNSEEN = 2 * 10**9  # toy pictures of seeds from here on: no network that ships has learnt from them
 
 
-def toy_pairs(number, seed):
+def toy_pairs(number, seed, world="plain"):
     """A list of Pairs of toy pictures; both show one class, and their points are its keypoints.
 
-    The objects stand in opposite corners of where training has them, 5.7 pixels apart: who answers
-    with the same place finds nothing. Left and right are those of the picture (toy.mirrored).
+    In the plain world the objects stand in opposite corners of where training has them, 5.7 pixels
+    apart: who answers with the same place finds nothing. In the fine one they differ in size, too,
+    and the points are those that both show. Left and right are of the picture (toy.mirrored).
     """
-    pairs = []
+    pairs, side = [], toy.WORLDS[world]
     for i in range(number):
         rng, label = np.random.default_rng([UNSEEN + seed, i]), i * len(toy.CLASSES) // number
-        x, y = rng.choice([14, 18], size=2)  # the middle of the object
-        source, here = toy.draw(label, rng, x=x, y=y)
-        target, there = toy.draw(label, rng, x=toy.SIDE - x, y=toy.SIDE - y)
-        points = [torch.tensor([places[name] for name in here]).float() for places in (here, there)]
+        one = other = {}
+        if world == "plain":
+            x, y = rng.choice([14, 18], size=2)  # the middle of the object
+            one, other = {"x": x, "y": y}, {"x": toy.SIDE - x, "y": toy.SIDE - y}
+        source, here = toy.draw(label, rng, world, **one)
+        target, there = toy.draw(label, rng, world, **other)
+        both = [name for name in here if name in there]
+        points = [torch.tensor([places[name] for name in both]).float() for places in (here, there)]
         images = pictures.from_uint8(np.stack([source, target]))
-        pairs.append(Pair(*images, *points, toy.SIDE, toy.CLASSES[label]))
+        pairs.append(Pair(*images, *points, side, toy.CLASSES[label]))
     return pairs
 
 
@@ -134,17 +139,18 @@ def match_pairs(model, tokenizer, pairs, number, layers, order, generator):
 
 
 def table_by_layer(model, tokenizer, number, seed, order=None):
-    """What features are good for, on the toy world, [n_layer, 2, 3]: of each layer in rounds 1, 2.
+    """What features are good for, on its toy world, [n_layer, 2, 3]: of each layer in rounds 1, 2.
 
     The three: PCK at 0.1, mean over `number` pairs; the same over all points; the top-1 of a linear
     probe that learns from 2 * number pictures and is tested on 4 * number others. Shares, 0 to 1.
     """
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    layers, pairs = range(1, model.config.n_layer + 1), toy_pairs(number, seed)
+    layers, world = range(1, model.config.n_layer + 1), toy.world_of(model, tokenizer) or "plain"
+    pairs = toy_pairs(number, seed, world)
     right, _ = match_pairs(model, tokenizer, pairs, number, layers, order, generator)
 
     # For the probe: the mean of each picture's features
-    images, classes, _ = toy.make(6 * number, UNSEEN + seed)
+    images, classes, _ = toy.make(6 * number, UNSEEN + seed, world)
     pooled, classes = [], torch.from_numpy(classes)
     for batch in tqdm(pictures.from_uint8(images).split(50), "encoding", leave=False):
         tokens = tokens_of(batch, tokenizer, model.config.grid)

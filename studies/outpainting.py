@@ -36,7 +36,7 @@ def look(pixels, side):
     background = logits.split(judge.ANSWERS, dim=1)[2].argmax(1).numpy()  # [n]
     colours = np.array(list(toy.BACKGROUNDS.values()))[background]  # [n, 2, 3]
 
-    far = [abs(pixels.astype(int) - colours[:, None, None, i]).max(-1) > 40 for i in (0, 1)]
+    far = [abs(pixels.astype(int) - colours[:, None, None, i]).max(-1) > 20 for i in (0, 1)]
     return far[0] & far[1], (~far[0]).sum(1)
 
 
