@@ -18,7 +18,6 @@ import pathlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from randar import generation_order, grid_angles, rotary_angles
@@ -508,18 +507,10 @@ def correspond_command(args, model, tokenizer, names):
         options = dict(layer=args.layer, order=args.order, generator=seeded(args, args.seed))
         both = pictures.from_uint8(np.stack([source, target]))  # [2, 3, H, W]
         there = correspond(model, tokenizer, *both, points, **options)
-        asked.append(with_dots(source, points))
-        found.append(with_dots(target, there))
+        asked.append(pictures.with_dots(source, points))
+        found.append(pictures.with_dots(target, there))
     yield "asked for", torch.cat(asked), None
     yield "found", torch.cat(found), None
-
-
-def with_dots(pixels, points, zoom=4):
-    """Pixels uint8 [H, W, 3] -> [1, 3, 4 H, 4 W], each point (x, y) a dot of its own colour."""
-    image = Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
-    for (x, y), colour in zip(points.tolist(), ("red", "lime", "blue", "yellow", "magenta")):
-        ImageDraw.Draw(image).circle((zoom * x, zoom * y), 5, fill=colour, outline="black", width=2)
-    return pictures.from_uint8(np.array(image)[None])
 
 
 def parse():
@@ -568,13 +559,10 @@ def main():
         names = names_of_classes(model.class_names, model.config.num_classes)
 
         rows = list(tqdm(args.run(args, model, tokenizer, names), unit=" rows", delay=1))
-        height = max(images.shape[2] for _, images, _ in rows)  # pixels; step 1 has fewer
-        height *= max(1, 128 // height)  # small pictures are enlarged
-        shown = []
-        for _, images, _ in rows:
-            zoom = height // images.shape[2]
-            shown.append(pictures.to_uint8(images[:SHOWN]).repeat(zoom, 1).repeat(zoom, 2))
-        sheet = pictures.picture_grid(np.concatenate(shown), [label for label, _, _ in rows])
+        height, width = rows[-1][1].shape[2:]  # pixels; only step 1 has fewer
+        size = [side * max(1, 128 // height) for side in (height, width)]
+        shown = torch.cat([F.interpolate(images[:SHOWN], size) for _, images, _ in rows])
+        sheet = pictures.picture_grid(pictures.to_uint8(shown), [label for label, _, _ in rows])
         pictures.save_picture(sheet, args.out)
         print(f"wrote {args.out}, up to {SHOWN} pictures of each row")
         for label, images, classes in rows:

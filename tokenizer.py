@@ -315,10 +315,11 @@ def reseed_dead_codes(codebook, latents, used):
     codebook.embedding.weight[dead] = F.normalize(chosen.float(), dim=-1)
 
 
-def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64):
+def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, stop=()):
     """Train to repaint images uint8 [n, H, W, 3], with L1 + L2 and the codebook's two losses.
 
-    Every 250 steps and at the end it writes `out` and measures validation, uint8 [m, H, W, 3].
+    Every 250 steps and at the end it writes `out` and measures validation, uint8 [m, H, W, 3]. The
+    end comes early once `stop` is not empty.
     """
     device = next(tokenizer.parameters()).device
     validation = from_uint8(validation).to(device)  # [m, 3, H, W] in [-1, 1]
@@ -353,11 +354,13 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64):
             reseed_dead_codes(tokenizer.quantize, latents.flatten(0, 2), used)
             used.zero_()
 
-        if step % 250 == 0 or step == steps:
+        if step % 250 == 0 or step == steps or stop:
             tokens = tokenizer.encode(validation)  # [m, N]
             quality = psnr(validation, tokenizer.decode(tokens)).mean()
             bar.set_postfix_str(f"PSNR {quality:.2f} dB, {len(tokens.unique())} codes in use")
             save_tokenizer(tokenizer, out)
+        if stop:
+            break
 
 
 # --------------------------------------------------------------------------------------------------
@@ -383,7 +386,7 @@ def train_command(args):
         images, validation = pixels[held_out:], pixels[:held_out]
 
     tokenizer = Tokenizer(TokenizerConfig(image_size=images.shape[1])).to(device)
-    train_tokenizer(tokenizer, images, validation, args.steps, out)
+    train_tokenizer(tokenizer, images, validation, args.steps, out, stop=border.stop_at_signal())
 
     shown = from_uint8(validation[:10]).to(device)  # [10, 3, H, W]
     painted = tokenizer.decode(tokenizer.encode(shown))

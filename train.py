@@ -136,14 +136,13 @@ def train(args):
     model, optimizer, tokens, tokenizer, state = open_run(args, rank, processes, device)
     share = args.batch_size // processes  # of each batch, as many images
     part = slice(rank * share, (rank + 1) * share)  # and these
-    stop = border.stop_at_signal()  # empty until Ctrl-C or SIGTERM
+    stop, bad_steps = border.stop_at_signal(), 0  # stop: empty until Ctrl-C or SIGTERM
 
     # The model as the loop calls it: of many processes, compiled
     network = model
     if processes > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    if border.can_compile(device):
-        network = torch.compile(network)
+    network = torch.compile(network) if border.can_compile(device) else network
 
     bar = tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps,
                unit="step", dynamic_ncols=True, disable=rank > 0)
@@ -174,16 +173,18 @@ def train(args):
 
         # A gradient that is not finite would spoil the weights for good: skip the step.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        if norm.isfinite():
-            optimizer.step()
+        bad_steps = 0 if norm.isfinite() else bad_steps + 1
+        if bad_steps == 10:  # in a row
+            raise UserError("ten steps were skipped: lower the --learning-rate")
+        if bad_steps:
+            border.say(f"step {step + 1} skipped: the norm of its gradient is {norm:g}")
         else:
-            border.say(f"step {step + 1} skipped, its gradient is {norm:g}: often? lower the "
-                       "--learning-rate")
+            optimizer.step()
+            state["losses"].append(step_loss)
         optimizer.zero_grad(set_to_none=True)
 
         # What people watch is the work of the first process alone.
         state["step"] = step + 1
-        state["losses"].append(step_loss)
         state["seconds"] += time.perf_counter() - started
         if rank == 0:
             report(model, optimizer, tokens, tokenizer, state, args, bar, asked_to_stop)
@@ -199,7 +200,7 @@ def report(model, optimizer, tokens, tokenizer, state, args, bar, asked_to_stop)
     """After a step, in one process: a line of the log, files and pictures, when they are due."""
     step, out = state["step"], args.out
     checkpoint = step == args.steps or step % args.picture_every == 0
-    if checkpoint or step % args.report == 0:
+    if state["losses"] and (checkpoint or step % args.report == 0):
         # All steps since the last line count, the time of pictures does not.
         speed = args.batch_size * len(state["losses"]) / state["seconds"]  # images a second
         line = {"loss": fmean(state["losses"]), "learning_rate": optimizer.param_groups[0]["lr"]}
@@ -296,13 +297,14 @@ def open_run(args, rank, processes, device):
     if tokenizer.config.codebook_size != tokens.codebook_size:
         raise UserError(f"{path} did not make the tokens: give --tokenizer the one that did")
 
-    # A model that knows nothing yet. Of the flags, dropouts are part of its config.
+    # A model that knows nothing yet
     torch.manual_seed(args.seed)
     kind = "rar" if args.model == "rar" else args.position
     model_class, config_class = KINDS[kind]
-    flags = {name: x for name, x in vars(args).items() if hasattr(config_class, name)}
-    shape = sizes[args.size] | flags
-    config = config_class(tokens.grid, tokens.codebook_size, len(tokens.class_names), **shape)
+    dropouts = dict(token_dropout=args.token_dropout, dropout=args.dropout,
+                    class_dropout=args.class_dropout)
+    config = config_class(tokens.grid, tokens.codebook_size, len(tokens.class_names),
+                          **sizes[args.size] | dropouts)
     model = model_class(config).to(device).train()
     model.order, model.class_names = args.order, tokens.class_names
     if args.checkpoint_activations:
@@ -311,11 +313,16 @@ def open_run(args, rank, processes, device):
         speed_up_cpu()
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
 
-    # What it has learnt before. Files of earlier versions lack some of these facts.
+    # What it has learnt before. All that is compared decides what a training is; files of earlier
+    # versions lack some of it.
     state = {"step": 0, "log": [], "losses": [], "seconds": 0.0}
     if args.resume:
         saved = border.load(f"{args.out}/training.pt", device)
-        if saved.get("kind", "rope") != kind or not saved["config"].items() <= vars(config).items():
+        same = saved.get("kind", "rope") == kind
+        same = same and saved["config"].items() <= vars(config).items()
+        for name in ("batch_size", "seed", "order", "anneal"):
+            same = same and saved.get("settings", {}).get(name) == getattr(args, name)
+        if not same:
             raise UserError(f"{args.out} holds another training: leave its flags, or change --out")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -368,7 +375,9 @@ def main():
         if args.model == "rar":
             parser.set_defaults(anneal=[0.5, 0.75])  # the last quarter is in raster order
         if args.resume:
-            parser.set_defaults(**border.load(path).get("settings", {}))
+            settings = border.load(path).get("settings", {})
+            older = {"clip": "grad_clip", "last_learning_rate": "min_lr"}  # names in first files
+            parser.set_defaults(**{older.get(name, name): x for name, x in settings.items()})
             parser.set_defaults(out=args.out, tokenizer=f"{args.out}/tokenizer.pt")  # the copy
         elif path.exists():
             raise UserError(f"{args.out} holds a training: add --resume, or give another --out")

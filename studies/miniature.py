@@ -5,7 +5,7 @@
 
     TRAININGS, train      the same data, batch, number of steps and recipe for all models
     RUNS                  what each table and figure of the paper compares
-    figures, enlarged     how good samples are, at the resolution of training and above
+    figures               how good samples are, at the resolution of training and above
     features, latency     what has no samples to judge
     measure, read, show   files, and how notebook 8 reads them
 
@@ -103,6 +103,7 @@ def run_of(model, steps=PARALLEL, order="random", cfg=1.5, scg=1.0, trained=STEP
     return dict(model=model, trained=trained, order=order, steps=steps, cfg=cfg, scg=scg)
 
 
+WHOLE = dict(factor=2, hierarchical=True, frequencies=2, scg=2.5)  # apps.extrapolate's defaults
 RUNS = {  # file: the runs that a table or figure of the paper compares
     # Table 1, last block, and RAR: each at each guidance
     "guidance": [run_of(*way, cfg) for way in (
@@ -124,51 +125,42 @@ RUNS = {  # file: the runs that a table or figure of the paper compares
     "scg": [run_of("toy", scg=scg) for scg in (1.0, 1.2, 1.5)],
     "fine_scg": [run_of("fine", 88, scg=scg, trained=FINE_STEPS) for scg in (1.0, 1.2, 1.5, 2.0)],
     # Figure 6, App. F: twice and three times the resolution, part by part
-    "extrapolation": [dict(factor=2, **parts) for parts in PARTS.values()],
-    "frequencies": [dict(factor=2, frequencies=k, scg=1.0) for k in (0, 1, 2, 3, 4, 8, 16)],
-    "enlarged_scg": [dict(factor=2, scg=scg) for scg in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)],
-    "threefold": [dict(factor=3, **parts) for parts in PARTS.values()],
+    "extrapolation": [WHOLE | parts for parts in PARTS.values()],
+    "frequencies": [WHOLE | dict(frequencies=k, scg=1.0) for k in (0, 1, 2, 3, 4, 8, 16)],
+    "enlarged_scg": [WHOLE | dict(scg=scg) for scg in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)],
+    "threefold": [WHOLE | parts | dict(factor=3) for parts in PARTS.values()],
     # Tables 5 and C: PCK and probe by layer and round
     "features": [dict(model="toy"), dict(model="raster")],
 }
 
 
 def figures(run, seed, device):
-    """FIGURES of SAMPLES samples: a dict; FID is the judge's Frechet distance.
+    """FIGURES of samples: a dict; FID is the judge's Frechet distance.
 
-    run: keys model, trained (steps), order, steps (decoding), cfg (its end; it starts at 1), scg.
-    Every seed compares with fresh pictures of its own.
+    run: keys model, trained (steps), order, steps (decoding), cfg (its end; it starts at 1), scg: of
+    SAMPLES; or, with the key factor, keywords of apps.extrapolate: of ENLARGED by the fine model, in
+    128 steps, and in step 1 as many, not one token a step: eight times faster, a little worse.
+    Every seed compares with as many fresh pictures of its own.
     """
-    model, tokenizer, world = load(run["model"], run["trained"], device)
+    larger = "factor" in run
+    name, trained = ("fine", FINE_STEPS) if larger else (run["model"], run["trained"])
+    model, tokenizer, world = load(name, trained, device)
     model.to(border.fast_precision(device))
     generator = torch.Generator(device).manual_seed(seed)
-    classes, pixels = torch.arange(SAMPLES, device=device) % len(toy.CLASSES), []
+    number, pixels = ENLARGED if larger else SAMPLES, []
+    classes = torch.arange(number, device=device) % len(toy.CLASSES)
     for some in classes.split(BATCH):  # [BATCH]
-        tokens = model.generate(some, run["order"], run["steps"], cfg=(1.0, run["cfg"]),
-                                scg=run["scg"], generator=generator)
-        pixels.append(pictures.to_uint8(tokenizer.decode(tokens)))  # [BATCH, S, S, 3]
-    return compared(np.concatenate(pixels), classes.cpu().numpy(), seed, world)
-
-
-def enlarged(run, seed, device):
-    """The same of ENLARGED pictures of a larger size; run: keywords of apps.extrapolate.
-
-    In 128 steps, and in step 1 as many, not one token a step: eight times faster, a little worse.
-    """
-    model, tokenizer, world = load("fine", FINE_STEPS, device)
-    model.to(border.fast_precision(device))
-    generator = torch.Generator(device).manual_seed(seed)
-    classes, pixels = torch.arange(ENLARGED, device=device) % len(toy.CLASSES), []
-    for some in classes.split(BATCH):
-        images, _ = extrapolate(model, tokenizer, some, steps=128, generator=generator, **run)
+        if larger:
+            images, _ = extrapolate(model, tokenizer, some, steps=128, generator=generator, **run)
+        else:
+            tokens = model.generate(some, run["order"], run["steps"], cfg=(1.0, run["cfg"]),
+                                    scg=run["scg"], generator=generator)
+            images = tokenizer.decode(tokens)  # [BATCH, 3, S, S]
         pixels.append(pictures.to_uint8(images))
-    return compared(np.concatenate(pixels), classes.cpu().numpy(), seed, world)
 
-
-def compared(pixels, classes, seed, world):
-    """FIGURES of samples, uint8 [n, S, S, 3], against as many fresh pictures of their size."""
-    fresh, _, _ = toy.make(len(pixels), JUDGE_SEED + 100 + seed, world, side=pixels.shape[1])
-    return evaluate(pixels, fresh, classes=classes)
+    pixels = np.concatenate(pixels)  # [number, S, S, 3]
+    fresh, _, _ = toy.make(number, JUDGE_SEED + 100 + seed, world, side=pixels.shape[1])
+    return evaluate(pixels, fresh, classes=classes.cpu().numpy())
 
 
 def features(run, seed, device):
@@ -200,8 +192,6 @@ def read(name):
 def measure(name, device):
     """Measure what is missing of the file called `name`; saves after each run and seed."""
     function = features if name == "features" else figures
-    if "factor" in RUNS[name][0]:
-        function = enlarged
     rows = read(name)  # those that nobody asks for any more stay
     rows += [dict(run=run, results=[]) for run in RUNS[name] if not pick(rows, **run)]
     missing = [(row, seed) for seed in SEEDS for row in rows if seed >= len(row["results"])]

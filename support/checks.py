@@ -42,9 +42,10 @@ def check_decoding(model, classes, order, sizes, guidance, sampling, known, angl
         raise UserError("a position is given twice, in the order or among the known: give it once")
 
     # How the tokens are drawn
-    if len(guidance.cfg) != 2:
-        raise UserError(f"cfg must be two numbers, at the start and at the end: {guidance.cfg}")
-    if guidance.power is not None and guidance.power < 0:
+    if len(guidance.cfg) != 2 or not all(map(math.isfinite, (*guidance.cfg, guidance.scg))):
+        raise UserError("cfg must be two numbers, at the start and at the end, and scg one, not "
+                        f"{list(guidance.cfg)} and {guidance.scg}")
+    if guidance.power is not None and not 0 <= guidance.power < math.inf:
         raise UserError(f"power must be 0 (constant guidance) or more, not {guidance.power}")
     if not sampling.temperature > 0:
         raise UserError(f"temperature must be above 0, not {sampling.temperature}")

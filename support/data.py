@@ -226,16 +226,19 @@ class TokenFolder:
         if not (folder / "labels.npy").is_file():
             raise UserError(f"{folder} is no token folder, or not finished: run "
                             f"python tokenizer.py encode --images DIR --out {folder}")
-        meta = json.loads((folder / "meta.json").read_text())
-        self.grid, self.codebook_size = tuple(meta["grid"]), meta["codes"]
-        self.class_names, self.tokenizer = meta["classes"], meta["tokenizer"]
-
-        # The first version wrote one file, tokens.npy.
-        paths = sorted(folder.glob("tokens-*.npy")) or [folder / "tokens.npy"]
-        self.shards = [np.load(path, mmap_mode="r") for path in paths]
-        self.labels, self.crops = np.load(folder / "labels.npy"), self.shards[0].shape[1]
-        if sum(map(len, self.shards)) != len(self.labels):
-            raise UserError(f"{folder} lacks a tokens-*.npy: delete it and encode again")
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            self.grid, self.codebook_size = tuple(meta["grid"]), meta["codes"]
+            self.class_names, self.tokenizer = meta["classes"], meta["tokenizer"]
+            paths = sorted(folder.glob("tokens-*.npy"))
+            paths = paths or [folder / "tokens.npy"]  # as the first version wrote them
+            self.shards = [np.load(path, mmap_mode="r") for path in paths]
+            self.labels, self.crops = np.load(folder / "labels.npy"), self.shards[0].shape[1]
+            whole = sum(map(len, self.shards)) == len(self.labels)
+        except Exception:  # of numpy, json, ...
+            whole = False
+        if not whole:
+            raise UserError(f"{folder} is damaged: delete it and encode again")
 
         # Held out are the first of a fixed permutation; one image at least remains to learn from.
         rows = np.flatnonzero(self.labels >= 0)

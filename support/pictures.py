@@ -42,6 +42,15 @@ def read_picture(path):
     return from_uint8(np.array(open_picture(path))[None])[0]
 
 
+def with_dots(pixels, points, zoom=4):
+    """Pixels uint8 [H, W, 3] -> [1, 3, 4 H, 4 W], each point (x, y) a dot of its own colour."""
+    image = Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
+    colours = "red", "lime", "blue", "yellow", "magenta", "cyan"  # toy objects have six points
+    for (x, y), colour in zip(points.tolist(), colours):
+        ImageDraw.Draw(image).circle((zoom * x, zoom * y), 5, fill=colour, outline="black", width=2)
+    return from_uint8(np.array(image)[None])
+
+
 # --------------------------------------------------------------------------------------------------
 # Labelled grids and animations
 

@@ -385,7 +385,12 @@ def test_a_part_of_a_batch_is_that_part_of_the_whole(folder, part):
         assert all(torch.equal(a[part], b) for a, b in zip(whole, some))
 
 
-def test_a_token_folder_that_lacks_a_shard_is_an_error(folder, tmp_path):
-    (tmp_path / "tokens-0001.npy").unlink()
-    with pytest.raises(UserError, match="lacks a tokens-.*: delete it and encode again"):
+@pytest.mark.parametrize("damage", [
+    lambda path: (path / "meta.json").write_text("[1, 2]"),
+    lambda path: (path / "tokens-0001.npy").unlink(),
+    lambda path: (path / "tokens-0001.npy").write_bytes(b"no array")])
+def test_a_damaged_token_folder_is_an_error_in_one_line(folder, tmp_path, damage):
+    damage(tmp_path)
+    with pytest.raises(UserError, match="is damaged: delete it and encode again") as error:
         TokenFolder(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)

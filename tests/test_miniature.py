@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from helpers import small_model
@@ -12,7 +13,8 @@ from helpers import small_model
 from randar import load_randar
 from studies import miniature
 from studies.miniature import RUNS, SEEDS, STEPS, TRAININGS, mean_and_spread, read, weights
-from support import border
+from support import border, toy
+from support.pictures import from_uint8
 
 CPU = torch.device("cpu")
 
@@ -41,7 +43,9 @@ def test_the_weights_of_every_training_ship(name):
 
 
 def test_all_that_ships_is_small():
-    assert sum(file.stat().st_size for file in border.CHECKPOINTS.glob("**/*.pt")) < 34e6
+    sizes = {file: file.stat().st_size for file in border.CHECKPOINTS.glob("**/*.pt")}
+    fine = sum(size for file, size in sizes.items() if "fine" in file.parts)
+    assert fine < 10e6 and sum(sizes.values()) - fine < 25e6
 
 
 NOT_YET = ("fine_scg", "extrapolation", "frequencies", "enlarged_scg", "threefold")  # the fine world
@@ -82,6 +86,20 @@ def test_figures_are_those_of_the_samples_of_a_seed(elsewhere, monkeypatch):
     shutil.copy(border.CHECKPOINTS / "randar_toy.pt", weights("toy"))
     first, again, other = (miniature.figures(run, seed, CPU) for seed in (0, 0, 1))
     assert first == again != other and set(first) == set(miniature.FIGURES)
+
+
+def test_enlarged_pictures_are_compared_with_fresh_ones_of_their_size(monkeypatch):
+    def fresh(model, tokenizer, classes, **options):
+        rng = np.random.default_rng(options["factor"])
+        drawn = [toy.draw(c, rng, "fine", side=64 * options["factor"])[0] for c in classes]
+        return from_uint8(np.stack(drawn)), None
+
+    monkeypatch.setattr(miniature, "ENLARGED", 100)
+    monkeypatch.setattr(miniature, "extrapolate", fresh)
+    result = miniature.figures(miniature.WHOLE, 0, CPU)
+    assert result["accuracy"] >= 0.95 and result["FID"] < 8  # of 100 pictures
+    assert all(len(miniature.pick([dict(run=run) for run in RUNS["extrapolation"]], **run)) == 1
+               for run in RUNS["extrapolation"])
 
 
 def test_training_does_what_is_missing_goes_on_from_what_is_there_and_ends_where_it_fails(

@@ -180,6 +180,13 @@ def test_a_few_steps_of_training_make_better_pictures(tok, tmp_path):
     assert written == pytest.approx(learnt, abs=0.5)  # what was written is what was learnt
 
 
+def test_asked_to_stop_it_keeps_what_was_learnt(tok, tmp_path):
+    pixels = toy.make(30, seed=5)[0][:, -16:, -16:]
+    tokenizer.train_tokenizer(tok, pixels, pixels[:5], 1000, tmp_path / "tok.pt", stop=[1])
+    assert load_tokenizer(tmp_path / "tok.pt").config == tok.config
+    assert [path.name for path in tmp_path.iterdir()] == ["tok.pt"]
+
+
 LEARN = "tokenizer.py train --steps 1 --out new/tok.pt"
 
 

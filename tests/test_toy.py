@@ -139,6 +139,12 @@ def test_the_judge_recognises_fresh_images_and_finds_them_close_to_fresh_ones(fr
     assert fresh_scores["frechet"] < 1  # 0.5 to 0.7 for 400 images
 
 
+@pytest.mark.parametrize("side", [64, 128])
+def test_the_judge_of_the_fine_world_recognises_fresh_images_of_any_size(side):
+    images, classes, _ = toy.make(200, seed=2, world="fine", side=side)
+    assert judge.judge(from_uint8(images), classes)["accuracy"] >= 0.98
+
+
 def test_the_judge_recognises_slightly_blurred_and_noisy_images(fresh):
     images, classes = fresh
     torch.manual_seed(0)

@@ -226,17 +226,32 @@ def test_gradients_are_sent_once_a_step_however_many_micro_batches_it_has(here, 
 
 
 # --------------------------------------------------------------------------------------------------
-# A step that is not finite
+# Steps that are not finite
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_and_spoils_nothing(here, run, no_pictures,
-        monkeypatch, capsys):
-    loss_of, calls = RandAR.forward, iter([1, 1, math.inf, 1])  # held-out loss: the second, fourth
-    monkeypatch.setattr(RandAR, "forward", lambda *inputs: (None, loss_of(*inputs)[1] * next(calls)))
-    run(f"{TRAIN} --steps 2 --picture-every 1 --out spoilt")
-    assert "step 2 skipped, its gradient is nan" in capsys.readouterr().err
-    first, second = [line["held_out_loss"] for line in log_of("spoilt")]
-    assert math.isfinite(first) and first == second
+def spoil(monkeypatch, steps):
+    """Make the loss of these training steps infinite."""
+    forward, calls = RandAR.forward, iter(range(10**6))
+
+    def spoilt(self, *inputs):
+        logits, loss = forward(self, *inputs)
+        if self.training and next(calls) in steps:
+            loss = loss * math.inf
+        return logits, loss
+
+    monkeypatch.setattr(RandAR, "forward", spoilt)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_end_the_training(
+        here, run, no_pictures, monkeypatch, capsys):
+    spoil(monkeypatch, steps=[*range(1, 10), *range(11, 50)])  # nine in a row are too few
+    with pytest.raises(SystemExit, match="2"):
+        run(f"{TRAIN} --steps 100 --picture-every 11 --out spoilt")
+    said = capsys.readouterr().err
+    assert "step 2 skipped: the norm of its gradient is nan" in said
+    assert "ten steps were skipped: lower the --learning-rate" in said
+    assert [line["step"] for line in log_of("spoilt")] == [1, 11]
+    assert all(p.isfinite().all() for p in load_randar("spoilt/randar.pt").parameters())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,6 +389,7 @@ MISTAKES = {
     "--data tokens --out trained": "trained holds a training: add --resume",
     "--resume --out nowhere": "no checkpoint at nowhere/training.pt",
     "--resume --out trained": "trained holds 4 steps already: ask for more --steps",
+    "--resume --out trained --steps 5 --batch-size 8": "another training: leave its flags",
     "--resume --out trained --steps 5 --position dense": "another training: leave its flags",
     "--resume --out trained --steps 5 --size tiny": "trained holds another training",
 }
