@@ -265,11 +265,14 @@ class Guidance:
         return [CLASS, NULL] if class_given and tuple(self.cfg) != (1, 1) else [CLASS]
 
     def combine(self, contexts, logits, share):
-        """Logits [c * b, m, V] of c contexts -> [b, m, V]; share: of the tokens known, 0 .. 1."""
+        """Logits [c * b, m, V] of c contexts -> [b, m, V].
+
+        share: of the tokens that are known, 0 .. 1: a tensor, of one number or [b, m, 1].
+        """
         if len(contexts) == 1:
             return logits
         z = dict(zip(contexts, logits.chunk(len(contexts))))
-        rise = share if self.power is None else (1 - math.cos(math.pi * share**self.power)) / 2
+        rise = share if self.power is None else (1 - torch.cos(math.pi * share**self.power)) / 2
         w_cfg = self.cfg[0] + (self.cfg[1] - self.cfg[0]) * rise  # 1 guides nothing, 0: no class
         guided = z[NULL]
         if DROPPED in z:
@@ -288,8 +291,8 @@ class Sampling:
     top_p: float = 1.0  # of the fewest that have this probability together; 1: of all
 
 
-def sample_tokens(logits, sampling=Sampling(), generator=None):
-    """Draw one token from each distribution: logits [..., V] float -> int64 [...]."""
+def probabilities(logits, sampling=Sampling()):
+    """The distributions that tokens are drawn from: logits [..., V] -> [..., V], sums 1."""
     logits = logits / sampling.temperature
     if sampling.top_k:  # the k best, and no more where several are equal
         best, tokens = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
@@ -299,11 +302,39 @@ def sample_tokens(logits, sampling=Sampling(), generator=None):
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of all likelier tokens
         ordered = ordered.masked_fill(before >= sampling.top_p, -torch.inf)
         logits = logits.scatter(-1, tokens, ordered)
+    return logits.softmax(-1)
 
-    # The largest of p_i / E_i, E_i exponentially distributed, is i with probability p_i. Unlike
-    # torch.multinomial this never makes the host wait for the device.
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / noise).argmax(-1)
+
+def draw_tokens(weights, generator=None):
+    """One token of each row, with a chance in proportion to its weight: [..., V] -> int64 [...].
+
+    The largest of p_i / E_i, E_i exponentially distributed, is i with probability p_i. Unlike
+    torch.multinomial this never makes the host wait for the device.
+    """
+    noise = torch.empty_like(weights).exponential_(generator=generator)
+    return (weights / noise).argmax(-1)
+
+
+def sample_tokens(logits, sampling=Sampling(), generator=None):
+    """Draw one token from each distribution: logits [..., V] float -> int64 [...]."""
+    return draw_tokens(probabilities(logits, sampling), generator)
+
+
+def keep_or_redraw(drafts, q, p, generator=None):
+    """Make of drafts [..., m], drawn from q, tokens that come from p: (passed bool, int64 [..., m]).
+
+    q, p: [..., m, V]. A draft x is kept with probability min(1, p(x) / q(x)), otherwise one is drawn
+    in its place, with a chance in proportion to max(0, p - q). What comes out is x with probability
+
+        q(x) min(1, p(x) / q(x)) + max(0, p(x) - q(x)) = min(q(x), p(x)) + max(0, p(x) - q(x)) = p(x)
+
+    since all the max(0, p - q) sum to the probability that a draft is not kept. A bad q only means
+    that few are: speculative decoding (arXiv 2211.17192).
+    """
+    ratio = (p / q).gather(-1, drafts[..., None])[..., 0]  # [..., m]; q(x) > 0: it was drawn
+    passed = torch.rand(ratio.shape, generator=generator, device=p.device) < ratio
+    redrawn = draw_tokens((p - q).clamp(min=0), generator)
+    return passed, torch.where(passed, drafts, redrawn)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -426,7 +457,8 @@ class RandAR(nn.Module):
         return tokens
 
     def decode(self, classes, order=None, steps=None, cfg=(1.0, 4.0), scg=1.0, temperature=1.0,
-               top_k=0, top_p=1.0, generator=None, known=None, angles=None, power=None):
+               top_k=0, top_p=1.0, generator=None, known=None, angles=None, power=None,
+               queries="causal", drafts=None):
         """Decode step by step: an iterator of Step(positions, tokens, guided logits).
 
         classes: int64 [b], 0 .. C - 1, or null_class; order: a name of ORDERS (None: that of its
@@ -434,44 +466,62 @@ class RandAR(nn.Module):
         paper, 88 for 256 tokens; -1: one token a step); cfg, scg, power: see Guidance; temperature,
         top_k, top_p: see Sampling; generator: a torch.Generator on the model's device; known:
         (positions, tokens), int64 [b, k], context before all else, left as it is; angles: float
-        [N, D / 2], of another grid. Raises UserError, before the first step, for what does not fit;
-        from then on the host never waits for the device. In training mode dropout is at work.
+        [N, D / 2], of another grid; queries: "causal", as the paper, or "isolated": no query of a
+        step sees another one; drafts: None, or how many tokens a step drafts in exact parallel
+        decoding, in place of `steps`. Raises UserError, before the first step, for what does not
+        fit; from then on the host never waits for the device (in exact decoding, once a step). In
+        training mode dropout is at work.
         """
         grid, device = self.config.grid, classes.device
         order = self.order if order is None else order
         if isinstance(order, str):
             order = generation_order(order, len(classes), grid, generator, device)
         known = (order[:, :0], order[:, :0]) if known is None else known
+        guidance, sampling = Guidance(cfg, scg, power), Sampling(temperature, top_k, top_p)
+        given = guidance, sampling, generator, known, angles
+        checks.check_decoding(self, classes, order, steps, guidance, sampling, known, angles,
+                              queries, drafts)
+        if drafts is not None and order.shape[1] > 0:
+            return self._exact_steps(classes, order, drafts, *given)
         if steps is None:
             steps = default_steps(order.shape[1]) if self.decodes_in_parallel else -1
         sizes = step_sizes(order.shape[1], steps)
-        guidance, sampling = Guidance(cfg, scg, power), Sampling(temperature, top_k, top_p)
-        checks.check_decoding(self, classes, order, sizes, guidance, sampling, known, angles)
-        return self._steps(classes, order, sizes, guidance, sampling, generator, known, angles)
+        return self._steps(classes, order, sizes, *given, isolated=queries == "isolated")
 
-    @torch.no_grad()
-    def _steps(self, classes, order, sizes, guidance, sampling, generator, known, angles):
-        """Alg. B, its arguments checked. The batch holds c contexts, one after the other."""
+    def beginning(self, classes, order, guidance, generator, known, angles):
+        """What decoding starts from: (contexts, turns, x, cos_sin, kept).
+
+        The batch holds c contexts, one after the other: turns, int64 [c * b, k + n], the known ones
+        first; x and cos_sin, the sequence to come, class P_1 x_1 ... P_k+n x_k+n, of whose image
+        tokens the first k are filled in; kept, [c * b, k + n, 1], 0 for the tokens that SCG drops.
+        """
         contexts = guidance.contexts(class_given=bool((classes != self.null_class).any()))
         null = torch.full_like(classes, self.null_class)
         classes = torch.cat([classes if name == CLASS else null for name in contexts])  # [c * b]
 
-        # The sequence to come, class P_1 x_1 ... P_k+n x_k+n. Of its image tokens the first k are
-        # known; the others are written into x, at places 2, 4, 6, ..., when they have been drawn.
+        # The other image tokens go to places 2, 4, 6, ... when they have been drawn.
         turns = torch.cat([known[0], order], dim=1).repeat(len(contexts), 1)  # [c * b, k + n]
         blank = turns.new_zeros(len(turns), int(turns.max()) + 1)  # unknown, and not read
         x, cos_sin = self.sequence(blank, classes, turns, angles)  # [c * b, 1 + 2 (k + n), d]
-        done, total, start_pos = known[0].shape[1], turns.shape[1], 0
-        size = len(x), self.config.n_head, 2 * total, self.head_dim  # as long as in training
-        caches = x.new_zeros(self.config.n_layer, 2, *size)  # keys and values of every layer
 
         # The last context may drop tokens. Which ones is decided once: a token's key and value stay
         # in the cache, and another decision could not change them.
-        b, kept = len(order), x.new_ones(len(turns), total, 1)
+        (b, k), total = known[0].shape, turns.shape[1]
+        kept = x.new_ones(len(turns), total, 1)
         if DROPPED in contexts:
             kept[-b:] = torch.rand(b, total, 1, generator=generator, device=x.device).ge(0.25)
         embedded = self.tok_embeddings(known[1]).repeat(len(contexts), 1, 1)  # [c * b, k, d]
-        x[:, 2 : 2 + 2 * done : 2] = embedded * kept[:, :done]
+        x[:, 2 : 2 + 2 * k : 2] = embedded * kept[:, :k]
+        return contexts, turns, x, cos_sin, kept
+
+    @torch.no_grad()
+    def _steps(self, classes, order, sizes, guidance, sampling, generator, known, angles, isolated):
+        """Alg. B, its arguments checked."""
+        contexts, turns, x, cos_sin, kept = self.beginning(classes, order, guidance, generator,
+                                                           known, angles)
+        (b, done), total, start_pos = known[0].shape, turns.shape[1], 0
+        size = len(x), self.config.n_head, 2 * total, self.head_dim  # as long as in training
+        caches = x.new_zeros(self.config.n_layer, 2, *size)  # keys and values of every layer
 
         for m in sizes:
             # The input: what the cache does not hold yet of all that is known, and m queries.
@@ -481,8 +531,11 @@ class RandAR(nn.Module):
             seen = torch.cat([unread, queries])
             mask = torch.ones(len(seen), start_pos + len(seen), dtype=torch.bool, device=x.device)
             mask = mask.tril(start_pos)  # all that is cached, and of the input what comes before
+            if isolated:  # a query sees what is known and itself, as in training; not the paper's
+                mask[-m:, -m:] = torch.eye(m, dtype=torch.bool, device=x.device)
             y = self.hidden_states(x[:, seen], cos_sin[:, seen], mask, caches, start_pos)
-            logits = guidance.combine(contexts, self.logits(y[:, -m:]), done / total)  # [b, m, V]
+            share = torch.full((), done / total, device=x.device)
+            logits = guidance.combine(contexts, self.logits(y[:, -m:]), share)  # [b, m, V]
             tokens = sample_tokens(logits, sampling, generator)  # [b, m]
             yield Step(turns[:b, done : done + m], tokens, logits)
 
@@ -497,6 +550,83 @@ class RandAR(nn.Module):
             embedded = self.tok_embeddings(tokens).repeat(len(contexts), 1, 1)  # [c * b, m, d]
             x[:, first + 1 : first + 2 * m : 2] = embedded * kept[:, done : done + m]
             start_pos, done = first + 1, done + m
+
+    # Exact parallel decoding (ours, not the paper's)
+    #
+    # Tokens of one step do not know of each other: that is the price of Alg. B. But the next step
+    # reads x_1 P_2 x_2 .. P_m x_m, and what it finds at P_2 .. P_m, and throws away, is what one
+    # token a step would have drawn from: p(x_j | all before it). So take what a step draws as
+    # *drafts*, and let the next step keep or redraw each (`keep_or_redraw`). Decided are all up to
+    # the first that fails, and what is drawn in its place. Those behind it were checked against a p
+    # that had read a wrong token. Now this p is what they are drawn from: they are drafts again,
+    # and better ones (as in arXiv 2410.01699). Such a step reads, with 2 drafts,
+    #
+    #     x_i  P x  P x  P  Q Q      x_i: the last token that is decided, at first the class;
+    #                                Q: isolated queries for the turns behind, as the last P is.
+    #
+    # The more drafts, the fewer steps, and the more a step reads that is thrown away.
+
+    @torch.no_grad()
+    def _exact_steps(self, classes, order, drafts, guidance, sampling, generator, known, angles):
+        """Its arguments checked. Images of a batch are not equally far: `done` is one for each."""
+        # Behind the last turn come more, which nobody sees: there is always enough to draft.
+        (b, k), total = known[0].shape, known[0].shape[1] + order.shape[1]
+        order = torch.cat([order, order[:, -1:].repeat(1, 2 * drafts + 1)], dim=1)
+        contexts, turns, x, cos_sin, kept = self.beginning(classes, order, guidance, generator,
+                                                           known, angles)
+        done, device, c = torch.full_like(classes, k), x.device, len(contexts)
+
+        # The first drafts are what a step of Alg. B draws; q is what they are drawn from.
+        step = next(self._steps(classes, order, [drafts], guidance, sampling, generator, known,
+                                angles, isolated=True))
+        q = probabilities(step.logits, sampling)  # [b, drafts, V]
+        tokens = torch.cat([known[1], step.tokens], dim=1)
+        tokens = F.pad(tokens, (0, turns.shape[1] - tokens.shape[1]))  # in turns: [b, k + n + ..]
+
+        # What a step reads, as distances from x_i; s of them follow each other in the sequence.
+        s, ahead = 2 * drafts + 2, torch.arange(2 * drafts + 1, device=device)
+        reads = torch.cat([torch.arange(s, device=device), s + 1 + 2 * ahead[:drafts]])  # r of them
+        at_p = (reads % 2).nonzero()[:, 0]  # the P and Q among them: 2 drafts + 1
+        sees = torch.ones(len(reads), len(reads), dtype=torch.bool, device=device).tril()
+        sees[s - 1 :, s - 1 :] = torch.eye(drafts + 1, dtype=torch.bool, device=device)
+
+        # The cache: places of the sequence, and behind its end r more, for what a step reads
+        end, rows = x.shape[1], torch.arange(len(x), device=device)[:, None]
+        size = len(x), self.config.n_head, end + len(reads), self.head_dim
+        caches = x.new_zeros(self.config.n_layer, 2, *size)
+        if k:
+            self.hidden_states(x[:, : 2 * k], cos_sin[:, : 2 * k], None, caches)
+
+        while (done < total).any():
+            x[:, 2::2] = self.tok_embeddings(tokens).repeat(c, 1, 1) * kept
+            places = 2 * done.repeat(c)[:, None] + reads  # [c * b, r]
+            cached = torch.arange(end, device=device) < places[:, :1]  # before x_i: [c * b, end]
+            mask = torch.cat([cached[:, None].expand(-1, len(reads), -1),
+                              sees.expand(len(x), -1, -1)], dim=2)[:, None]
+            y = self.hidden_states(x[rows, places], cos_sin[rows, places], mask, caches, end)
+
+            # Keys and values to their own places. Those of drafts that fail will be overwritten.
+            read = caches[:, :, :, :, end : end + s]  # [layers, 2, c * b, heads, s, D]
+            caches[:, :, rows, :, places[:, :s]] = read.permute(2, 4, 0, 1, 3, 5)
+
+            # Check the drafts, draw from the queries.
+            turn = done[:, None] + ahead  # [b, 2 drafts + 1]
+            share = turn[..., None] / total  # known, when one token a step draws this one
+            logits = guidance.combine(contexts, self.logits(y[:, at_p]), share)
+            p = probabilities(logits, sampling)  # [b, 2 drafts + 1, V]
+            draft = tokens.gather(1, turn[:, :drafts])  # [b, drafts]
+            passed, checked = keep_or_redraw(draft, q, p[:, :drafts], generator)
+            new = torch.cat([checked, draw_tokens(p[:, drafts:], generator)], dim=1)
+            tokens.scatter_(1, turn, new)
+
+            # An image that decides fewer than another one repeats its last.
+            decided = (passed.long().cumprod(1).sum(1) + 1).minimum(total - done)  # [b]
+            shown = ahead[: decided.max()].minimum(decided[:, None] - 1)
+            at, shown = done[:, None] + shown, shown.clamp(min=0)[..., None]
+            yield Step(turns[:b].gather(1, at), tokens.gather(1, at),
+                       torch.take_along_dim(logits, shown, dim=1))
+            q = torch.take_along_dim(p, (decided[:, None] + ahead[:drafts])[..., None], dim=1)
+            done = done + decided
 
     def generate(self, classes, order=None, steps=None, cfg=(1.0, 4.0), scg=1.0, known=None,
                  angles=None, **options):

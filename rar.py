@@ -88,7 +88,7 @@ class Merged(Dense):
         return own + F.pad(next_one, (0, 0, 0, 1)), cos_sin[:, ::2]  # turned by its own position
 
     @torch.no_grad()
-    def _steps(self, classes, order, sizes, guidance, sampling, generator, known, angles):
+    def _steps(self, classes, order, sizes, guidance, sampling, generator, known, angles, isolated):
         """One token a step: RandAR's loop without queries, so that nothing is ever overwritten."""
         contexts = guidance.contexts(class_given=bool((classes != self.null_class).any()))
         null = torch.full_like(classes, self.null_class)
@@ -110,7 +110,8 @@ class Merged(Dense):
             mask = torch.ones(end - start_pos, end, dtype=torch.bool, device=x.device)
             y = self.hidden_states(new, where, mask.tril(start_pos), caches, start_pos)
 
-            logits = guidance.combine(contexts, self.logits(y[:, -1:]), done / total)  # [b, 1, V]
+            share = torch.full((), done / total, device=x.device)
+            logits = guidance.combine(contexts, self.logits(y[:, -1:]), share)  # [b, 1, V]
             drawn = sample_tokens(logits, sampling, generator)  # [b, 1]
             yield Step(turns[: len(drawn), done : done + 1], drawn, logits)
             tokens.scatter_(1, turns[:, done : done + 1], drawn.repeat(len(contexts), 1))

@@ -129,6 +129,10 @@ def add_decoding_flags(add):
     """Those of commands that decode."""
     add("--steps", type=border.step_count,
         help="of decoding (default: 88 per 256 tokens; -1, so for extrapolate: one token a step)")
+    add("--queries", choices=("causal", "isolated"), default="causal",
+        help="whether tokens of one step see each other's position (causal, the paper's) or not")
+    add("--drafts", type=border.positive_int, metavar="N",
+        help="exact parallel decoding, N drafts a step, in place of --steps (try 8)")
     add("--cfg", nargs=2, type=border.finite_float, default=(1.0, 4.0), metavar=("START", "END"),
         help="classifier-free guidance, from START to END (default: %(default)s)")
     add("--power", type=border.finite_float, metavar="P",
@@ -142,8 +146,10 @@ def add_decoding_flags(add):
 
 def decoding_options(args):
     """What of them the model's `decode` takes, by name."""
-    names = ("order", "steps", "cfg", "power", "scg", "temperature", "top_k", "top_p")
-    return {name: getattr(args, name) for name in names}
+    names = ("order", "steps", "queries", "drafts", "cfg", "power", "scg", "temperature", "top_k",
+             "top_p")
+    options = {name: getattr(args, name) for name in names}
+    return options | dict(steps=None) if args.drafts else options
 
 
 # ------------------------------------------------------------------------------------------------

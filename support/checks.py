@@ -26,7 +26,8 @@ def check_values(name, x, end):
         raise UserError(f"{name} must be from 0 to {end - 1}, not {x.min()} to {x.max()}")
 
 
-def check_decoding(model, classes, order, sizes, guidance, sampling, known, angles):
+def check_decoding(model, classes, order, steps, guidance, sampling, known, angles, queries,
+                   drafts):
     """Raises UserError for arguments of RandAR.decode that do not fit the model or each other."""
     b, n, k = len(order), order.shape[-1], known[0].shape[-1]  # to decode: n, known: k
     check_shapes(classes=(classes, [b]), order=(order, [b, n]), known_positions=(known[0], [b, k]),
@@ -53,8 +54,14 @@ def check_decoding(model, classes, order, sizes, guidance, sampling, known, angl
         raise UserError("top_k must be 0 (all tokens) or more, top_p above 0 and at most 1, not "
                         f"{sampling.top_k} and {sampling.top_p}")
 
+    if queries not in ("causal", "isolated"):
+        raise UserError(f"queries must be 'causal' or 'isolated', not {queries!r}")
+    if drafts is not None and (drafts < 1 or steps is not None):
+        raise UserError(f"drafts must be 1 or more, and without steps, not {drafts} and {steps}")
+
     # What a model without position instruction tokens of their own cannot do
-    more_than_it_can = max(sizes, default=1) > 1 or guidance.scg != 1 or angles is not None
+    parallel = drafts is not None or (steps is not None and 0 < steps < n)
+    more_than_it_can = parallel or guidance.scg != 1 or angles is not None
     if not model.decodes_in_parallel and more_than_it_can:
         raise UserError(f"a model of the kind {model.kind!r} decodes one token a step (steps -1), "
                         "on its own grid, without spatial contextual guidance (scg 1)")

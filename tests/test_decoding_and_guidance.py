@@ -64,6 +64,19 @@ def test_cached_parallel_decoding_is_plain_decoding(model, batch, steps, cfg):
         assert torch.allclose(step.logits, expected, atol=1e-4)
 
 
+@torch.no_grad()
+def test_an_isolated_query_predicts_as_if_it_were_the_only_one(model, batch):
+    _, classes, order = batch
+    tokens = torch.zeros_like(order[:, :0])
+    for step in model.decode(classes, order, 4, (1, 1), queries="isolated", generator=seeded(0)):
+        t = tokens.shape[1]
+        for j in range(step.tokens.shape[1]):
+            turns = torch.cat([order[:, :t], order[:, t + j : t + j + 1], order[:, t + 1 :]], dim=1)
+            alone = plain_logits(model, classes, turns, tokens, 1)  # its position is the next
+            assert torch.allclose(step.logits[:, j : j + 1], alone, atol=1e-4)
+        tokens = torch.cat([tokens, step.tokens], dim=1)
+
+
 @pytest.mark.parametrize("steps", [3, -1])
 def test_cached_decoding_after_known_tokens_is_plain_decoding(model, batch, steps):
     tokens, classes, order = batch
@@ -368,6 +381,9 @@ ORDER = generation_order("raster", 2, (4, 4))
     (dict(temperature=float("nan")), "temperature must be above 0"),
     (dict(top_p=1.1), "top_p above 0 and at most 1"),
     (dict(power=-1.0), "power must be 0"),
+    (dict(queries="both"), "queries must be 'causal' or 'isolated', not 'both'"),
+    (dict(drafts=0), "drafts must be 1 or more"),
+    (dict(drafts=4, steps=3), "without steps, not 4 and 3"),
     (dict(classes=torch.tensor([0, C + 1])), "classes must be from 0 to 5, not 0 to 6"),
     (dict(order=ORDER[:1], classes=torch.tensor([0, 1])), r"expected classes \[1\].*the shapes \[2\]"),
     (dict(order=ORDER + 1), "positions must be from 0 to 15, not 1 to 16"),
