@@ -7,20 +7,23 @@ weights: on a GPU, or in some ten minutes on a CPU, two images at a time.
     decoding_floor              the time that sampling must take on this device
     training_rows               a training step, plain and compiled
     sampling_rows               a batch of images, cached and uncached, in many steps and few
+    exact_rows                  exact parallel decoding beside these: steps, tokens, seconds
 
     bench/bench.json   all figures        bench/bench.png   a picture of them
 """
 
+import functools
 import json
 import math
 import time
-from statistics import median
+from statistics import fmean, median
 
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from randar import SIZES, Config, RandAR, default_steps, generation_order, step_sizes
+from randar import (SIZES, Config, RandAR, default_steps, generation_order, load_randar,
+                    step_sizes)
 from sample import decoding_precision
 from support import border
 from support.speed import matrix_rate, mixed_precision, speed_up_cpu, training_flops
@@ -147,6 +150,42 @@ def sampling_rows(model, ways, rate, speed, seconds):
     return rows
 
 
+def tokens_read(model, classes, options):
+    """(steps, tokens that go through the layers, of each image in each context) of one decoding."""
+    lengths = []
+    hook = model.layers[0].register_forward_pre_hook(lambda _, x: lengths.append(x[0].shape[1]))
+    steps = len(list(model.decode(classes, **options)))
+    hook.remove()
+    return steps, sum(lengths)
+
+
+def exact_rows(model, seconds, compiled=False):
+    """A row for each way to decode, of one image and of 64: exact decoding beside the paper's.
+
+    model: a trained one, for made-up weights draft badly. compiled: its layers are, from then on.
+    """
+    num_tokens, device, rows = math.prod(model.config.grid), model.output.weight.device, []
+    ways = {"one token a step": dict(steps=-1), "paper": dict(steps=default_steps(num_tokens))}
+    ways |= {f"exact, {drafts} drafts": dict(drafts=drafts) for drafts in (2, 4, 8, 16)}
+    ways = {way: options | dict(cfg=(1.0, 1.5)) for way, options in ways.items()}
+    batches = {batch: torch.arange(batch, device=device) % model.null_class for batch in (1, 64)}
+
+    # How many steps exact decoding takes depends on chance: the mean of 64 images.
+    counts = {(batch, way): [tokens_read(model, classes, options) for _ in range(64 // batch)]
+              for batch, classes in batches.items() for way, options in ways.items()}
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # a step may be the first of its shape
+        for layer in model.layers:
+            layer.compile(dynamic=True)
+    cases = {(batch, way): functools.partial(model.generate, classes, **options)
+             for batch, classes in batches.items() for way, options in ways.items()}
+    for (batch, way), taken in interleaved(cases, device, seconds, "exact decoding").items():
+        steps, tokens = (fmean(numbers) for numbers in zip(*counts[batch, way]))
+        rows.append(dict(decoding=way, compiled=compiled, batch=batch, steps=steps,
+                         tokens_read=tokens, seconds=taken, seconds_per_image=taken / batch))
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------
 # What people look at, and the command
 
@@ -216,6 +255,14 @@ def bench(args):
             for way, images in (("cached", batch), ("uncached", batch), ("cached", 1))]
     model.eval().to(draws)
     result["sampling"] = show(sampling_rows(model, ways, rates[draws], speed, args.seconds))
+
+    # Exact parallel decoding, of the weights that ship
+    shipped = {"toy": "randar_toy.pt", "fine": "fine/randar.pt"}.get(args.size)
+    if shipped:
+        model = load_randar(border.CHECKPOINTS / shipped, device).to(draws)
+        rows = exact_rows(model, args.seconds)
+        rows += exact_rows(model, args.seconds, compiled=True) if compiled else []
+        result["exact"] = show(rows)
 
     # Both, of one layer, by the number of tokens
     few, training, sampling = min(batch, 4), [], []

@@ -98,9 +98,20 @@ def train(out):
 # What is compared: a run is a dict of a training's name and steps, and how its model decodes
 
 
-def run_of(model, steps=PARALLEL, order="random", cfg=1.5, scg=1.0, trained=STEPS):
+def run_of(model, steps=PARALLEL, order="random", cfg=1.5, scg=1.0, trained=STEPS, **more):
     """A run; cfg: 1.5 is the best one of Table 1's sweep, for random and for raster order."""
-    return dict(model=model, trained=trained, order=order, steps=steps, cfg=cfg, scg=scg)
+    return dict(model=model, trained=trained, order=order, steps=steps, cfg=cfg, scg=scg) | more
+
+
+def ways(model, order, steps, drafts, trained=STEPS):
+    """Runs for decoding one token a step, in parallel with causal and isolated queries, and exactly.
+
+    steps: a list of how many, the last for one token a step; drafts: of exact decoding, a list.
+    """
+    causal, isolated = (dict(queries=name, drafts=None) for name in ("causal", "isolated"))
+    rows = [(n, way) for n in steps[:-1] for way in (causal, isolated)] + [(steps[-1], causal)]
+    rows += [(None, dict(queries="isolated", drafts=n)) for n in drafts]
+    return [run_of(model, n, order, trained=trained, **way) for n, way in rows]
 
 
 WHOLE = dict(factor=2, hierarchical=True, frequencies=2, scg=2.5)  # apps.extrapolate's defaults
@@ -124,6 +135,10 @@ RUNS = {  # file: the runs that a table or figure of the paper compares
     # Table D: spatial contextual guidance at training resolution, off and on
     "scg": [run_of("toy", scg=scg) for scg in (1.0, 1.2, 1.5)],
     "fine_scg": [run_of("fine", 88, scg=scg, trained=FINE_STEPS) for scg in (1.0, 1.2, 1.5, 2.0)],
+    # Not in the paper: queries that do not see each other, and exact parallel decoding
+    "exact": ways("toy", "random", (4, 8, 12, PARALLEL, ALL), (2, 4, 8, 16))
+             + ways("toy", "raster", (8, ALL), (8,)) + ways("toy", "hierarchical", (8, ALL), (8,)),
+    "fine_exact": ways("fine", "random", (16, 32, 48, 88, 256), (8, 16), FINE_STEPS),
     # Figure 6, App. F: twice and three times the resolution, part by part
     "extrapolation": [WHOLE | parts for parts in PARTS.values()],
     "frequencies": [WHOLE | dict(frequencies=k, scg=1.0) for k in (0, 1, 2, 3, 4, 8, 16)],
@@ -137,8 +152,8 @@ RUNS = {  # file: the runs that a table or figure of the paper compares
 def figures(run, seed, device):
     """FIGURES of samples: a dict; FID is the judge's Frechet distance.
 
-    run: keys model, trained (steps), order, steps (decoding), cfg (its end; it starts at 1), scg: of
-    SAMPLES; or, with the key factor, keywords of apps.extrapolate: of ENLARGED by the fine model, in
+    run: keys model, trained (steps), order, steps (decoding), cfg (its end; it starts at 1), scg,
+    some with queries and drafts: of SAMPLES; or, with the key factor, keywords of apps.extrapolate: of ENLARGED by the fine model, in
     128 steps, and in step 1 as many, not one token a step: eight times faster, a little worse.
     Every seed compares with as many fresh pictures of its own.
     """
@@ -153,8 +168,9 @@ def figures(run, seed, device):
         if larger:
             images, _ = extrapolate(model, tokenizer, some, steps=128, generator=generator, **run)
         else:
+            way = {name: run[name] for name in ("queries", "drafts") if name in run}
             tokens = model.generate(some, run["order"], run["steps"], cfg=(1.0, run["cfg"]),
-                                    scg=run["scg"], generator=generator)
+                                    scg=run["scg"], generator=generator, **way)
             images = tokenizer.decode(tokens)  # [BATCH, 3, S, S]
         pixels.append(pictures.to_uint8(images))
 

@@ -197,7 +197,8 @@ def test_generate_puts_what_decode_yields_where_it_belongs(batch, kind):
 
 
 @pytest.mark.parametrize("options, complaint", [
-    (dict(steps=5), "decodes one token a step"), (dict(scg=2.0), "without spatial contextual guidance"),
+    (dict(steps=5), "decodes one token a step"), (dict(drafts=4), "decodes one token a step"),
+    (dict(scg=2.0), "without spatial contextual guidance"),
     (dict(angles=torch.zeros(16, 8)), "on its own grid"),
     (dict(power=-1), "power must be 0 .* or more, not -1")])
 @pytest.mark.parametrize("kind", ["rar", "merge"])
