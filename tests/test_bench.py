@@ -76,12 +76,21 @@ def test_cases_run_in_turn_until_the_time_is_up_and_the_first_round_does_not_cou
     assert calls == list("ab" * 3)  # 4 seconds are over after two rounds that count
 
 
+def test_exact_decoding_is_counted_and_timed_beside_the_paper_s(model):
+    rows = {(row["batch"], row["decoding"]): row for row in bench.exact_rows(model.eval(), 0)}
+    assert len(rows) == 2 * 6 and all(row["seconds"] > 0 for row in rows.values())
+    plain, exact = rows[1, "one token a step"], rows[1, "exact, 4 drafts"]
+    assert (plain["steps"], plain["tokens_read"]) == (N, 2 * N)  # x and P of each turn
+    assert exact["steps"] < N and exact["tokens_read"] > 2 * N  # fewer steps, more tokens
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_writes_every_figure_and_a_picture(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.SIZES, "toy", dict(dim=32, n_layer=1, n_head=2, dropout=0.0))
     monkeypatch.setattr(bench, "matrix_rate", lambda *_: 1e11)
     monkeypatch.setattr(bench, "default_steps", lambda num_tokens: 22)  # 352 take seconds
     monkeypatch.setattr(border, "can_compile", lambda device: False)
+    monkeypatch.setattr(bench, "exact_rows", lambda *_: [dict(decoding="exact")])  # of a trained model
     run(f"studies/bench.py --batch-size 2 --seconds 0 --device cpu --out {tmp_path}/out")
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [len(written[name]) for name in ("training", "sampling")] == [1, 3 * 3]
