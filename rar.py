@@ -144,8 +144,7 @@ RAR_SIZES = {
     "XL": dict(dim=1280, n_layer=32, n_head=16, mlp=5120),  # 955M
     "XXL": dict(dim=1408, n_layer=40, n_head=16, mlp=6144),  # 1.5B
 }
-# The authors' guidance for their weights: --cfg 1 16 --power 2.75 for B, 1 15.5 and 2.5 for L,
-# 1 6.9 and 1.5 for XL, 1 8 and 1.2 for XXL; for the last three --temperature 1.02.
+# The authors' guidance for their weights: support/released.py.
 
 
 class RARAttention(nn.Module):

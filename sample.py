@@ -1,8 +1,8 @@
 """Draw pictures: python sample.py
 
 A checkpoint goes in, a labelled grid of pictures comes out, by default of the toy world. With
-released weights: python sample.py --ckpt randar_0.3b_llamagen_360k_bs_1024_lr_0.0004.safetensors
---tokenizer vq_ds16_c2i.pt --classes 207 "red fox" (classes of ImageNet, by number or name).
+released weights, which are fetched once (support/released.py has their names): python sample.py
+--ckpt randar-L --classes 207 "red fox" (classes of ImageNet, by number or name).
 
 For measures of quality many pictures go into one file, here on eight GPUs, the same ones as on one:
 torchrun --nproc-per-node 8 sample.py --number 50000 --npz samples.npz
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from randar import ORDERS, load_randar
-from support import border, judge, pictures, toy
+from support import border, judge, pictures, released, toy
 from support.border import UserError
 from support.classes import names_of_classes, parse_classes, spread_classes
 from tokenizer import load_tokenizer
@@ -29,15 +29,18 @@ SHOWN = 12  # pictures of each class in the grid
 def load_models(ckpt, tokenizer=None, device="cpu"):
     """(model, Tokenizer) from files, in eval mode; the model is of any kind that load_randar knows.
 
-    tokenizer: a path; None is tokenizer.pt beside the checkpoint. UserError if they do not fit.
+    Both: paths, or words for released ones; None is the tokenizer that was released with the
+    checkpoint, or tokenizer.pt beside it. UserError if they do not fit.
     """
-    model, beside = load_randar(ckpt, device), pathlib.Path(ckpt).with_name("tokenizer.pt")
+    tokenizer = tokenizer or released.tokenizer_of(ckpt)
+    model = load_randar(released.file_of(ckpt), device)
+    beside = pathlib.Path(ckpt).with_name("tokenizer.pt")
     remedy = (f"give --tokenizer the one of {model.config.vocab_size} codes that it was trained "
-              "with (released: LlamaGen's vq_ds16_c2i.pt has 16384, MaskGIT's 1024)")
+              "with (released ones: llamagen has 16384, maskgit 1024)")
     if tokenizer is None and not beside.is_file():
         raise UserError(f"{ckpt} needs its tokenizer, and there is no {beside}: {remedy}")
 
-    tokenizer = load_tokenizer(tokenizer or beside, device)
+    tokenizer = load_tokenizer(released.file_of(tokenizer or beside), device)
     if tokenizer.config.codebook_size != model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.config.codebook_size} codes: {remedy}")
     return model, tokenizer
@@ -117,8 +120,10 @@ def write_npz(path, batches, classes, height, width):
 def add_model_flags(add):
     """Those of every command."""
     add("--ckpt", default=border.CHECKPOINTS / "randar_toy.pt",
-        help="weights of train.py or released ones (default: the toy model that ships)")
-    add("--tokenizer", help="ours or a released one (default: tokenizer.pt beside --ckpt)")
+        help="weights of train.py, or released ones, by file or by name: randar-L, randar-XL, "
+        "randar-L-maskgit, rar-B, -L, -XL, -XXL (default: the toy model that ships)")
+    add("--tokenizer", help="ours, or a released one: llamagen, maskgit, or its file (default: the "
+        "one that --ckpt was released with, or tokenizer.pt beside it)")
     add("--order", help=f"one of {', '.join(ORDERS)} (default: that of the model's training)")
     add("--seed", type=border.seed, default=0)
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
@@ -126,26 +131,30 @@ def add_model_flags(add):
 
 
 def add_decoding_flags(add):
-    """Those of commands that decode."""
+    """Those of commands that decode. None: as the authors of released weights do, or the usual."""
     add("--steps", type=border.step_count,
         help="of decoding (default: 88 per 256 tokens; -1, so for extrapolate: one token a step)")
     add("--queries", choices=("causal", "isolated"), default="causal",
         help="whether tokens of one step see each other's position (causal, the paper's) or not")
     add("--drafts", type=border.positive_int, metavar="N",
         help="exact parallel decoding, N drafts a step, in place of --steps (try 8)")
-    add("--cfg", nargs=2, type=border.finite_float, default=(1.0, 4.0), metavar=("START", "END"),
-        help="classifier-free guidance, from START to END (default: %(default)s)")
+    add("--cfg", nargs=2, type=border.finite_float, metavar=("START", "END"),
+        help="classifier-free guidance, from START to END (default: 1 4, if not its authors')")
     add("--power", type=border.finite_float, metavar="P",
         help="guidance rises as (1 - cos(pi share^P)) / 2, as RAR's (default: in a straight line)")
     add("--scg", type=border.finite_float, default=1.0,
         help="spatial contextual guidance (default: %(default)s)")
-    add("--temperature", type=border.positive_float, default=1.0)
+    add("--temperature", type=border.positive_float, help="(default: 1, if not its authors')")
     add("--top-k", type=border.whole_number, default=0, help="of the k likeliest (default: of all)")
     add("--top-p", type=border.probability, default=1.0, help="of the likeliest, this much of all")
 
 
 def decoding_options(args):
-    """What of them the model's `decode` takes, by name."""
+    """What of them the model's `decode` takes, by name; of args too, what was left open is set."""
+    usual = dict(cfg=(1.0, 4.0), temperature=1.0)
+    for name, value in (usual | released.guidance_of(args.ckpt)).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     names = ("order", "steps", "queries", "drafts", "cfg", "power", "scg", "temperature", "top_k",
              "top_p")
     options = {name: getattr(args, name) for name in names}

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from support import border, checks, data, toy
+from support import border, checks, data, released, toy
 from support.border import UserError
 from support.pictures import from_uint8, picture_grid, save_picture, to_uint8
 from support.speed import mixed_precision
@@ -417,14 +417,14 @@ def main():
                         help="1: the centre; 2 (default): and its mirror image; 10: the paper's")
     encode.add_argument("--batch-size", type=border.positive_int, default=64, help="default: 64")
     encode.add_argument("--tokenizer", default=border.CHECKPOINTS / "tokenizer.pt",
-                        help="default: the toy world's")
+                        help="a file, or llamagen or maskgit; default: the toy world's")
     encode.add_argument("--out", required=True, help="the token folder to write")
     encode.add_argument("--device", help="default: a GPU where there is one")
 
     # The released tokens are tokens already.
     pack = commands.add_parser("pack", help="turn the released ImageNet tokens into a token folder")
     pack.add_argument("--tokens", required=True, help="a folder of folders 0, 1, ... of .npy files")
-    pack.add_argument("--tokenizer", required=True, help="the one that made the tokens")
+    pack.add_argument("--tokenizer", required=True, help="llamagen, maskgit, or its file")
     pack.add_argument("--out", required=True, help="the token folder to write")
     args = parser.parse_args()
 
@@ -433,12 +433,14 @@ def main():
         if args.command == "train":
             train_command(args)
         elif args.command == "encode":
-            tokenizer = load_tokenizer(args.tokenizer, border.pick_device(args.device))
-            data.encode_images(*data.list_images(args.images), tokenizer, args.tokenizer, args.out,
+            path = released.file_of(args.tokenizer)
+            tokenizer = load_tokenizer(path, border.pick_device(args.device))
+            data.encode_images(*data.list_images(args.images), tokenizer, path, args.out,
                                pathlib.Path(args.images).resolve(), args.image_size, args.crops,
                                args.batch_size)
         else:
-            data.pack_tokens(args.tokens, load_tokenizer(args.tokenizer), args.tokenizer, args.out)
+            path = released.file_of(args.tokenizer)
+            data.pack_tokens(args.tokens, load_tokenizer(path), path, args.out)
 
 
 if __name__ == "__main__":

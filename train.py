@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from randar import ORDERS, SIZES, generation_order, save_randar
 from rar import KINDS, RAR_SIZES, randomness
-from support import border, classes, data, pictures, toy
+from support import border, classes, data, pictures, released, toy
 from support.border import UserError, fraction, positive_float, positive_int
 from support.speed import checkpoint_activations, mixed_precision, speed_up_cpu, throughput
 from tokenizer import load_tokenizer
@@ -88,7 +88,7 @@ def open_tokens(args, rank, processes, device):
     if not read and (not drawn or args.size not in TOY_SIZES):
         raise UserError(f"--size {args.size} needs tokens of your images: python tokenizer.py "
                         f"encode --images {args.data or 'IMAGES'} --out tokens --tokenizer "
-                        f"{args.tokenizer or 'vq_ds16_c2i.pt'}, then add --data tokens")
+                        f"{args.tokenizer or 'llamagen'}, then add --data tokens")
     if not drawn:
         return data.TokenFolder(world)
 
@@ -292,7 +292,7 @@ def open_run(args, rank, processes, device):
     if args.size not in sizes or (args.model == "rar" and args.position != "rope"):
         raise UserError(f"--model {args.model} has the sizes {', '.join(sizes)}; rar no --position")
     tokens = open_tokens(args, rank, processes, device)
-    path = args.tokenizer or tokens.tokenizer
+    path = released.file_of(args.tokenizer or tokens.tokenizer)
     tokenizer = load_tokenizer(path, device)
     if tokenizer.config.codebook_size != tokens.codebook_size:
         raise UserError(f"{path} did not make the tokens: give --tokenizer the one that did")

@@ -378,7 +378,7 @@ def test_resuming_uses_the_tokenizer_that_was_copied_at_the_start(here, run, no_
 
 MISTAKES = {
     "--data photos": "python tokenizer.py encode --images photos --out tokens --tokenizer "
-                     "vq_ds16_c2i.pt, then add --data tokens",
+                     "llamagen, then add --data tokens",
     "--size L": "--size L needs tokens of your images: python tokenizer.py encode",
     "--data tokens --tokenizer nowhere.pt": "no checkpoint at nowhere.pt",
     "--data tokens --tokenizer other_tok.pt": "did not make the tokens: give --tokenizer",
