@@ -449,7 +449,8 @@ def inpaint_command(args, model, tokenizer, names):
     mask = torch.zeros(height, width, dtype=torch.bool, device=args.device)
     mask[top : height - top, left : width - left] = True
     if args.mask:
-        mask = pictures.read_picture(args.mask).mean(0).to(args.device) > 0  # brighter than grey
+        mask = pictures.read_picture(args.mask, background="black")  # transparent: kept
+        mask = mask.mean(0).to(args.device) > 0  # brighter than grey
     missing = missing_tokens(images, mask, tokenizer)[:, None].float()  # [b, 1, h, w]
     hidden = F.interpolate(missing, (height, width)) > 0
     yield "input", images, None

@@ -294,7 +294,9 @@ def open_run(args, rank, processes, device):
     tokens = open_tokens(args, rank, processes, device)
     path = released.file_of(args.tokenizer or tokens.tokenizer)
     tokenizer = load_tokenizer(path, device)
-    if tokenizer.config.codebook_size != tokens.codebook_size:
+    facts = data.facts_of(tokenizer, path)
+    same = tokens.fingerprint in (None, facts["fingerprint"])  # others have as many codes, too
+    if facts["codes"] != tokens.codebook_size or not same:
         raise UserError(f"{path} did not make the tokens: give --tokenizer the one that did")
 
     # A model that knows nothing yet

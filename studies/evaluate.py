@@ -145,6 +145,10 @@ def evaluate(samples, reference, extractor=judge_features, classes=None, stored=
         raise UserError(f"the samples are {list(samples.shape[1:])}, the reference is "
                         f"{list(reference.shape[1:])}: give --reference pictures of one size")
 
+    if classes is not None and not (classes.dtype.kind in "biu" and len(classes) == len(samples)):
+        raise UserError(f"arr_1 of the samples is {classes.dtype} {list(classes.shape)}, not "
+                        f"integers [{len(samples)}], the class of each")
+
     # What the network sees
     ours, real = features_of(samples, extractor), features_of(reference, extractor)
     number, d = min(len(samples), len(reference)), ours.pool.shape[1]

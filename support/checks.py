@@ -48,8 +48,8 @@ def check_decoding(model, classes, order, steps, guidance, sampling, known, angl
                         f"{list(guidance.cfg)} and {guidance.scg}")
     if guidance.power is not None and not 0 <= guidance.power < math.inf:
         raise UserError(f"power must be 0 (constant guidance) or more, not {guidance.power}")
-    if not sampling.temperature > 0:
-        raise UserError(f"temperature must be above 0, not {sampling.temperature}")
+    if not 0 < sampling.temperature < math.inf:
+        raise UserError(f"temperature must be above 0, and finite, not {sampling.temperature}")
     if sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
         raise UserError("top_k must be 0 (all tokens) or more, top_p above 0 and at most 1, not "
                         f"{sampling.top_k} and {sampling.top_p}")
@@ -91,4 +91,7 @@ def load_network(path, recognise, device="cpu"):
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()  # torch names every parameter, one will do
         raise UserError(f"{path} does not fit the model that it names ({reason})") from None
+    if not all(p.isfinite().all() for p in network.parameters()):
+        raise UserError(f"{path} holds weights that are not finite, its training has diverged: "
+                        "give another file")
     return network.eval(), content

@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import math
+import os
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from support.border import UserError, writable_folder, write_safely
 from support.pictures import from_uint8, open_picture
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SHARD = 250  # files, the least in a shard but the last
 UNREADABLE = 65535  # fills the rows of a file that cannot be read: no token is as large
 
@@ -39,6 +40,9 @@ def list_images(folder, endings=IMAGE_ENDINGS):
     folder = pathlib.Path(folder)
     names = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
     paths, labels = [], []  # n each
+    for name in names:
+        if (folder / name).resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise UserError(f"{folder / name} is a link to a folder that it lies in: remove it")
     for label, name in enumerate(names):
         files = sorted(map(str, (folder / name).rglob("*")))
         found = [file for file in files if file.lower().endswith(endings)]
@@ -64,6 +68,8 @@ def read_image(path, size):
 
 def read_tokens(path, codebook_size, shape=None):
     """uint16 [crops, N] of a released token file, of that shape if given. None if unusable."""
+    if not os.path.isfile(path):  # a named pipe, say
+        return None
     try:
         tokens = np.load(path)  # never a pickle
         good = tokens.ndim == 2 and tokens.dtype.kind in "iu" and shape in (None, tokens.shape)
@@ -132,7 +138,7 @@ def encode_images(images, labels, class_names, tokenizer, tokenizer_path, out, s
 def pack_tokens(folder, tokenizer, tokenizer_path, out):
     """Turn the released tokens, CLASS/*.npy with CLASS a number, into a token folder likewise."""
     paths, labels, names = list_images(folder, (".npy",))
-    if not all(name.isdecimal() for name in names):
+    if not all(name.isdecimal() and len(name) <= 5 for name in names):  # 20240131 is none either
         raise UserError(f"{folder} has folders that are no class numbers: expected 0, 1, ...")
     numbers = np.array(names, np.int64)  # of the classes, in the order of their folders
 
@@ -157,13 +163,20 @@ def facts_of(tokenizer, path):
             "fingerprint": hashlib.sha256(weights).hexdigest()[:12]}
 
 
+def fingerprint_of_files(paths):
+    """It changes if one is added, removed, renamed, or replaced by one of another size."""
+    lines = [f"{path.split(os.sep)[-2:]} {os.lstat(path).st_size}" for path in paths]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
 def write_tokens(out, items, labels, read, convert, meta, batch_size):
     """Write what is missing of `out`; convert: items read and stacked -> tokens [k, crops, N]."""
-    out, meta = writable_folder(out), meta | {"files": len(items)}
-    path = out / "meta.json"
-    if path.is_file() and json.loads(path.read_text()) != meta:
-        raise UserError(f"{out} was begun with other settings, see its meta.json: give another "
-                        "--out, or delete it")
+    out, older = writable_folder(out), meta | {"files": len(items)}  # older: of earlier versions
+    listing = {"listing": fingerprint_of_files(items)} if isinstance(items[0], str) else {}
+    meta, path = older | listing, out / "meta.json"
+    if path.is_file() and json.loads(path.read_text()) not in (meta, older):
+        raise UserError(f"{out} was begun with other settings or other files, see its meta.json: "
+                        "give another --out, or delete it")
     if (out / "labels.npy").is_file():
         print(f"{out} is complete already")
         return
@@ -230,11 +243,18 @@ class TokenFolder:
             meta = json.loads((folder / "meta.json").read_text())
             self.grid, self.codebook_size = tuple(meta["grid"]), meta["codes"]
             self.class_names, self.tokenizer = meta["classes"], meta["tokenizer"]
+            self.fingerprint = meta.get("fingerprint")  # None: a first one
             paths = sorted(folder.glob("tokens-*.npy"))
             paths = paths or [folder / "tokens.npy"]  # as the first version wrote them
             self.shards = [np.load(path, mmap_mode="r") for path in paths]
             self.labels, self.crops = np.load(folder / "labels.npy"), self.shards[0].shape[1]
             whole = sum(map(len, self.shards)) == len(self.labels)
+
+            # Each is read once before a training of days: no token may be beyond the codes.
+            ends = np.cumsum([len(shard) for shard in self.shards])
+            for shard, labels in zip(self.shards, np.split(self.labels, ends[:-1])):
+                tokens = shard[labels >= 0]  # [k, crops, N]
+                whole &= tokens.dtype == np.uint16 and tokens.max(initial=0) < self.codebook_size
         except Exception:  # of numpy, json, ...
             whole = False
         if not whole:

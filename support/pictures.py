@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from support.border import UserError, write_safely
 
 UNDECODED = 200  # the grey of positions that are not decoded yet
+# What is read. Pillow goes by content, not by name, and hands PostScript to another program.
+FORMATS = "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"
 
 
 def to_uint8(images):
@@ -28,18 +30,31 @@ def from_uint8(pixels):
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def open_picture(path):
-    """The picture in a file as PIL's Image, RGB and upright. UserError if missing or unreadable."""
+def open_picture(path, background="white"):
+    """The picture in a file as PIL's Image, RGB and upright; a transparent one on a background.
+
+    UserError if it is missing or unreadable.
+    """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        if not os.path.isfile(path):  # from a named pipe one would read for ever
+            raise OSError("no such file")
+        with Image.open(path, formats=FORMATS) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # of which `convert` would cut off all above 255
+                return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise OSError("32 bits a pixel, and nobody knows which number is white")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+            return image.convert("RGB")
     except Exception as error:  # a damaged file may raise anything in Pillow
         raise UserError(f"unreadable image {os.fsdecode(path)} ({error}): give another") from None
 
 
-def read_picture(path):
+def read_picture(path, background="white"):
     """The picture in a file, as large as it is: [3, H, W] in [-1, 1]. UserError."""
-    return from_uint8(np.array(open_picture(path))[None])[0]
+    return from_uint8(np.array(open_picture(path, background))[None])[0]
 
 
 def with_dots(pixels, points, zoom=4):

@@ -103,6 +103,12 @@ def test_a_file_that_holds_something_else_is_named(tmp_path, content):
     assert "holds no weights of RandAR or RAR" in complaint(tmp_path / "other.pt")
 
 
+def test_weights_of_a_training_that_has_diverged_are_named(model, tmp_path):
+    model.output.weight.data[0, 0] = torch.nan
+    save_randar(model, tmp_path / "a.pt")
+    assert "not finite" in complaint(tmp_path / "a.pt")
+
+
 def test_weights_of_another_shape_are_named(tmp_path):
     save_randar(small_model(vocab_size=V + 1), tmp_path / "a.pt")
     content = torch.load(tmp_path / "a.pt", weights_only=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import V, files_of, small_tokenizer, write_images
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import tokenizer
 from support import data
@@ -62,6 +62,12 @@ def test_a_folder_without_images_is_an_error_that_names_the_remedy(tmp_path):
             list_images(folder)
 
 
+def test_a_class_folder_that_is_a_link_to_its_parent_is_an_error(here):
+    os.symlink(".", here / "photos" / "cat")
+    with pytest.raises(UserError, match="photos/cat is a link to a folder that it lies in: remove it"):
+        list_images("photos")
+
+
 def test_an_image_is_its_centre_with_the_shorter_edge_resized(tmp_path):
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = (0, 200, 0)  # the middle third is green, the rest black
@@ -91,11 +97,26 @@ def test_a_camera_held_upside_down_is_put_right(tmp_path):
 
 @pytest.mark.parametrize("mode, colour, expected", [
     ("L", 90, (90, 90, 90)), ("RGBA", (10, 20, 30, 255), (10, 20, 30)), ("1", 1, (255, 255, 255)),
-    ("CMYK", (255, 0, 0, 0), (0, 255, 255))])
+    ("CMYK", (255, 0, 0, 0), (0, 255, 255)), ("I;16", 128 * 257, (128, 128, 128)),
+    ("RGBA", (10, 20, 30, 0), (255, 255, 255)), ("LA", (0, 51), (204, 204, 204))])
 def test_every_kind_of_image_becomes_rgb(tmp_path, mode, colour, expected):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.new(mode, (12, 12), colour).save(path)
     assert abs(read_image(path, 8).astype(int) - expected).max() <= 1
+
+
+def test_a_picture_that_is_a_program_is_not_run(tmp_path, monkeypatch):
+    picture = Image.new("RGB", (40, 40))
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: picture.im)  # not everywhere installed
+    picture.save(tmp_path / "evil.jpg", format="EPS")
+    assert read_image(tmp_path / "evil.jpg", 16) is None
+    picture.save(tmp_path / "good.jpg", format="TIFF")  # it is the content that counts
+    assert read_image(tmp_path / "good.jpg", 16) is not None
+
+
+def test_from_a_named_pipe_nothing_is_read(tmp_path):
+    os.mkfifo(tmp_path / "a.png")  # to open it would wait for ever
+    assert read_image(tmp_path / "a.png", 16) is None and data.read_tokens(tmp_path / "a.png", V) is None
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
@@ -151,7 +172,8 @@ def test_pixels_in_memory_are_encoded_as_files_are(here):
     paths, labels, names = list_images("photos")
     for out, images in (("files", paths), ("pixels", data.read_all(paths, 16))):
         encode_images(images, labels, names, small_tokenizer(), "tok.pt", out, crops=1)
-    assert [*files_of(here / "files").values()] == [*files_of(here / "pixels").values()]
+    files, pixels = ([*files_of(here / name).values()] for name in ("files", "pixels"))
+    assert files[:1] + files[2:] == pixels[:1] + pixels[2:]  # all but meta.json, which lists the files
 
 
 def test_without_a_readable_image_there_is_no_token_folder(here):
@@ -226,7 +248,8 @@ def test_what_is_complete_is_neither_made_again_nor_replaced(here, run, whole, m
 
 
 @pytest.mark.parametrize("change", [
-    "--crops 10", "--image-size 24", "--images others", "another tokenizer", "a file more"])
+    "--crops 10", "--image-size 24", "--images others", "another tokenizer", "a file more",
+    "a file replaced"])
 def test_other_settings_do_not_destroy_what_was_begun(here, run, stop_after, capsys, change):
     write_images(here / "others", names=("ant", "bee"), number=3)
     stop_after(1, signal.SIGTERM)
@@ -234,13 +257,16 @@ def test_other_settings_do_not_destroy_what_was_begun(here, run, stop_after, cap
         run(f"{ENCODE} --out tokens")
     if change == "a file more":
         (here / "photos" / "ant" / "9.png").touch()
+    if change == "a file replaced":  # as many as before
+        Image.new("RGB", (24, 20)).save(here / "photos" / "bee" / "2.png")
     if change == "another tokenizer":  # of the same name
         torch.manual_seed(1)
         save_tokenizer(tokenizer.Tokenizer(small_tokenizer().config), "tok.pt")
     before = files_of(here / "tokens")
     with pytest.raises(SystemExit, match="2"):
         run(f"{ENCODE} --out tokens {change if change[0] == '-' else ''}")
-    assert "\nerror: tokens was begun with other settings, see its meta" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "\nerror: tokens was begun with other settings or other files, see its meta" in said
     assert files_of(here / "tokens") == before
 
 
@@ -297,9 +323,10 @@ def test_unusable_token_files_are_skipped_counted_and_named(released, run, capsy
 @pytest.mark.parametrize("folder, problem", [
     ("photos", "no files .npy in photos/CLASS"),
     ("named", "named has folders that are no class numbers"),
+    ("dated", "dated has folders that are no class numbers"),
     ("high", "high/0/a.npy holds no tokens: expected integers")])
 def test_a_folder_without_tokens_is_one_line(here, run, capsys, folder, problem):
-    for place in ("high/0", "named/cat"):
+    for place in ("high/0", "named/cat", "dated/20240131"):
         (here / place).mkdir(parents=True)
         np.save(here / place / "a.npy", np.full((10, 16), V))
     with pytest.raises(SystemExit, match="2"):
@@ -319,7 +346,7 @@ def write_tokens(folder, n, shards=4):
     for i in range(shards):
         np.save(folder / f"tokens-000{i}.npy", tokens[i * size : (i + 1) * size])
     np.save(folder / "labels.npy", np.arange(n) % 3)
-    meta = {"grid": [2, 2], "codes": V, "classes": ["a", "b", "c"], "tokenizer": "/some/tok.pt"}
+    meta = {"grid": [2, 2], "codes": max(V, 2 * n), "classes": ["a", "b", "c"], "tokenizer": "/some/tok.pt"}
     (folder / "meta.json").write_text(json.dumps(meta))
     return TokenFolder(folder)
 
@@ -388,7 +415,9 @@ def test_a_part_of_a_batch_is_that_part_of_the_whole(folder, part):
 @pytest.mark.parametrize("damage", [
     lambda path: (path / "meta.json").write_text("[1, 2]"),
     lambda path: (path / "tokens-0001.npy").unlink(),
-    lambda path: (path / "tokens-0001.npy").write_bytes(b"no array")])
+    lambda path: (path / "tokens-0001.npy").write_bytes(b"no array"),
+    lambda path: np.save(path / "tokens-0001.npy", np.full((3, 2, 4), V, np.uint16)),  # beyond the codes
+    lambda path: np.save(path / "tokens-0001.npy", np.zeros((3, 2, 4)))])
 def test_a_damaged_token_folder_is_an_error_in_one_line(folder, tmp_path, damage):
     damage(tmp_path)
     with pytest.raises(UserError, match="is damaged: delete it and encode again") as error:

@@ -379,6 +379,7 @@ ORDER = generation_order("raster", 2, (4, 4))
     (dict(steps=0), "steps must be at least 1"),
     (dict(cfg=(1.0,)), "cfg must be two numbers"),
     (dict(temperature=float("nan")), "temperature must be above 0"),
+    (dict(temperature=float("inf")), "temperature must be above 0, and finite"),
     (dict(top_p=1.1), "top_p above 0 and at most 1"),
     (dict(power=-1.0), "power must be 0"),
     (dict(queries="both"), "queries must be 'causal' or 'isolated', not 'both'"),

@@ -253,6 +253,7 @@ def test_statistics_stored_in_the_reference_are_used_and_that_is_said(measured, 
     ("--samples nothing.npz", "nothing.npz is not an .npz with pictures in arr_0 ([Errno 2]"),
     ("--samples cut.npz", "cut.npz is not an .npz with pictures in arr_0"),
     ("--samples float.npz", "arr_0 of float.npz is float64 [9, 32, 32, 3], not uint8 [n, H, W, 3]"),
+    ("--samples named.npz", "arr_1 of the samples is <U3 [64], not integers [64]"),
     ("--samples few.npz", "64 samples and a reference of 300 are too few: give at least 65"),
     ("--samples large.npz", "the samples are [24, 24, 3], the reference is [32, 32, 3]: give"),
     ("--samples large.npz --reference large.npz", "the judge takes float images"),
@@ -261,6 +262,7 @@ def test_a_mistake_is_one_line_and_exit_code_two(measured, capsys, line, complai
     toys = noise(64, 0, side=32)
     for name, pixels in {"few": toys, "large": noise(9, 0), "float": toys[:9] / 255}.items():
         np.savez(f"{name}.npz", arr_0=pixels)
+    np.savez("named.npz", arr_0=toys, arr_1=["cat"] * 64)
     Path("cut.npz").write_bytes(Path("few.npz").read_bytes()[:5000])
     with pytest.raises(SystemExit) as stop:
         measured(line)

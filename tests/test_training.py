@@ -19,7 +19,7 @@ import train
 from randar import RandAR, generation_order, load_randar
 from rar import KINDS
 from support import border, data, toy
-from tokenizer import save_tokenizer
+from tokenizer import Tokenizer, save_tokenizer
 
 
 @pytest.fixture
@@ -382,6 +382,7 @@ MISTAKES = {
     "--size L": "--size L needs tokens of your images: python tokenizer.py encode",
     "--data tokens --tokenizer nowhere.pt": "no checkpoint at nowhere.pt",
     "--data tokens --tokenizer other_tok.pt": "did not make the tokens: give --tokenizer",
+    "--data tokens --tokenizer as_many.pt": "as_many.pt did not make the tokens: give --tokenizer",
     "--data tokens --size M": "'M' .*choose from",
     "--data tokens --size B": "--model randar has the sizes tiny, toy, fine, L, XL, XXL",
     "--data tokens --model rar --position dense": "rar no --position",
@@ -398,6 +399,8 @@ MISTAKES = {
 @pytest.mark.parametrize("options", MISTAKES)
 def test_a_mistake_is_one_line_with_exit_code_two_and_no_trace(here, run, capsys, options):
     save_tokenizer(small_tokenizer(codebook_size=V - 1), "other_tok.pt")
+    torch.manual_seed(1)
+    save_tokenizer(Tokenizer(small_tokenizer().config), "as_many.pt")  # codes, but others
     before = files_of(here)
     with pytest.raises(SystemExit, match="2"):
         run(f"train.py {options}")
