@@ -286,7 +286,7 @@ def main():
     add = parser.add_argument
     add("--size", default="toy", choices=SIZES, help="of the model (default: toy)")
     add("--batch-size", type=border.positive_int, help="images (default: 64; 2 of size L on a CPU)")
-    add("--seconds", type=border.finite_float, default=60, help="for each part (default: 60)")
+    add("--seconds", type=border.positive_float, default=60, help="for each part (default: 60)")
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     add("--out", default="bench", help="folder for picture and figures (default: bench)")
     args = parser.parse_args()

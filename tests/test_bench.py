@@ -91,7 +91,7 @@ def test_the_command_writes_every_figure_and_a_picture(run, tmp_path, monkeypatc
     monkeypatch.setattr(bench, "default_steps", lambda num_tokens: 22)  # 352 take seconds
     monkeypatch.setattr(border, "can_compile", lambda device: False)
     monkeypatch.setattr(bench, "exact_rows", lambda *_: [dict(decoding="exact")])  # of a trained model
-    run(f"studies/bench.py --batch-size 2 --seconds 0 --device cpu --out {tmp_path}/out")
+    run(f"studies/bench.py --batch-size 2 --seconds 0.001 --device cpu --out {tmp_path}/out")
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [len(written[name]) for name in ("training", "sampling")] == [1, 3 * 3]
     assert {row["steps"] for row in written["sampling"]} == {64, 22, 12}

@@ -88,6 +88,7 @@ MISTAKES = {
     "sample.py --ckpt trained/randar.pt --order zigzag": "zigzag.*random",  # an unknown choice
     "sample.py --ckpt trained/randar.pt --out photos/cat/1.png/a.png": "cannot write",  # no such place
     "sample.py --ckpt trained/randar.pt --device nonsense": "device 'nonsense'.*--device cpu",
+    "studies/bench.py --seconds -1": "--seconds",
     "train.py --data nowhere": "nowhere",
     "train.py --size L": "tokens",  # a large model wants tokens, not the toy world
     "train.py --data photos": "tokenizer.py encode --images",  # tokens come first
