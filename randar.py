@@ -33,6 +33,7 @@ from torch import nn
 
 from support import checks
 from support.border import UserError
+from support.speed import causal_attention
 
 # ------------------------------------------------------------------------------------------------
 # What a model is made of
@@ -195,16 +196,23 @@ class Attention(nn.Module):
         qkv = self.wqkv(x).unflatten(-1, (3, self.n_head, -1))  # [b, n, 3, heads, D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, heads, n, D] each
         cos_sin = cos_sin[:, None]  # [b, 1, n, D / 2, 2]: all heads turn alike
-        return rotate(q, cos_sin), rotate(k, cos_sin), v
+        # A copy of v: the view would keep all of qkv in memory until the backward pass.
+        return rotate(q, cos_sin), rotate(k, cos_sin), v.contiguous()
 
     def forward(self, x, cos_sin, mask=None, cache=None, start_pos=0):
-        """x [b, n, d] -> [b, n, d]; mask: who sees whom; cache: [2, b, heads, length, D]."""
+        """x [b, n, d] -> [b, n, d]; cache: [2, b, heads, length, D].
+
+        mask: who sees whom, bool; None: each token what is cached, those before it, and itself.
+        """
         q, k, v = self.queries_keys_values(x, cos_sin)
         if cache is not None:
             end = start_pos + x.shape[1]
             cache[:, :, :, start_pos:end] = torch.stack([k, v])  # over whatever stood there
             k, v = cache[:, :, :, :end]  # of all tokens so far: [b, heads, end, D] each
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if mask is None:
+            y = causal_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = y.transpose(1, 2).flatten(2)  # [b, n, d]
         return F.dropout(self.wo(y), self.dropout, self.training)
 
@@ -529,9 +537,9 @@ class RandAR(nn.Module):
             unread = torch.arange(start_pos, first, device=x.device)
             queries = torch.arange(first, first + 2 * m, 2, device=x.device)
             seen = torch.cat([unread, queries])
-            mask = torch.ones(len(seen), start_pos + len(seen), dtype=torch.bool, device=x.device)
-            mask = mask.tril(start_pos)  # all that is cached, and of the input what comes before
+            mask = None  # all that is cached, and of the input what comes before
             if isolated:  # a query sees what is known and itself, as in training; not the paper's
+                mask = x.new_ones(len(seen), start_pos + len(seen), dtype=torch.bool).tril(start_pos)
                 mask[-m:, -m:] = torch.eye(m, dtype=torch.bool, device=x.device)
             y = self.hidden_states(x[:, seen], cos_sin[:, seen], mask, caches, start_pos)
             share = torch.full((), done / total, device=x.device)

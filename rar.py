@@ -29,6 +29,7 @@ from torch import nn
 
 from randar import CLASS, Config, RandAR, Step, sample_tokens
 from support.border import UserError
+from support.speed import causal_attention
 
 # ------------------------------------------------------------------------------------------------
 # Randomness annealing
@@ -107,8 +108,7 @@ class Merged(Dense):
                 caches = x.new_zeros(self.config.n_layer, 2, len(x), *heads)
             end = x.shape[1] - total + done  # of all that is known; the last of it predicts
             new, where = x[:, start_pos:end], where[:, start_pos:end]
-            mask = torch.ones(end - start_pos, end, dtype=torch.bool, device=x.device)
-            y = self.hidden_states(new, where, mask.tril(start_pos), caches, start_pos)
+            y = self.hidden_states(new, where, caches=caches, start_pos=start_pos)
 
             share = torch.full((), done / total, device=x.device)
             logits = guidance.combine(contexts, self.logits(y[:, -1:]), share)  # [b, 1, V]
@@ -158,7 +158,7 @@ class RARAttention(nn.Module):
         self.k_norm = nn.LayerNorm(config.dim // config.n_head, eps=1e-6)
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x, mask=None, cache=None, start_pos=0):
+    def forward(self, x, cache=None, start_pos=0):
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))  # [b, n, 3, heads, D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, heads, n, D] each
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
@@ -167,8 +167,7 @@ class RARAttention(nn.Module):
             cache[:, :, :, start_pos:end] = torch.stack([k, v])
             k, v = cache[:, :, :, :end]  # of all tokens so far: [b, heads, end, D] each
 
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)  # [b, n, d]
         return F.dropout(self.proj(y), self.dropout, self.training)
 
@@ -204,10 +203,10 @@ class RARBlock(nn.Module):
         self.attn, self.mlp = RARAttention(config), MLP(config)
         self.adaLN_modulation = modulation(config.dim, 6)
 
-    def forward(self, x, condition, mask=None, cache=None, start_pos=0):
+    def forward(self, x, condition, cache=None, start_pos=0):
         modulated = self.adaLN_modulation(condition).chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulated  # [b, n, d] each
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, mask, cache, start_pos)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cache, start_pos)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
@@ -279,10 +278,10 @@ class RAR(Merged):
         condition = class_token + self.timesteps_embeddings[:, : x.shape[1]]
         return own + F.pad(next_one, (0, 0, 1, 1)) + x, condition
 
-    def hidden_states(self, x, condition, mask=None, caches=None, start_pos=0):
+    def hidden_states(self, x, condition, caches=None, start_pos=0):
         """Through all layers: x, condition [b, n, d] -> [b, n, d], as the head takes it."""
         for i, block in enumerate(self.blocks):
-            x = block(x, condition, mask, None if caches is None else caches[i], start_pos)
+            x = block(x, condition, None if caches is None else caches[i], start_pos)
         return self.adaln_before_head(x, condition)
 
     def logits(self, x):

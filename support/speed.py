@@ -1,4 +1,4 @@
-"""What makes a training step faster or smaller, and what it costs.
+"""What makes training and decoding faster or smaller, and what a step costs.
 
 The MFU, at best 1, is training_flops of all images in a second as a share of matrix_rate.
 """
@@ -15,6 +15,24 @@ from torch.utils.checkpoint import checkpoint
 from support.border import fast_precision
 
 attention = F.scaled_dot_product_attention  # as it is before speed_up_cpu
+
+
+def causal_attention(q, k, v, dropout=0.0):
+    """The last n tokens of a sequence read all before them, and themselves: [b, heads, n, D].
+
+    q: [b, heads, n, D], of these n; k, v: [b, heads, length, D], of all; dropout: of the weights.
+    """
+    n, length = q.shape[2], k.shape[2]
+    if n == length:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+    # Given a mask, a GPU takes a slower kernel, and some prepare it anew for every length, that is
+    # for every step of decoding. The fast one needs none: it is causal from the *last* row and
+    # column on. PyTorch names it under this operator only (see torch.nn.attention.bias).
+    if q.is_cuda and q.dtype is torch.bfloat16 and q.shape[-1] % 8 == 0:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, True)[0]
+    mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 def mixed_precision(device):

@@ -72,7 +72,12 @@ def test_the_head_runs_on_half_of_the_sequence(model, batch):
 
 def test_no_mask_is_made_in_training(model, batch, attention_calls):
     model.train()(*batch)
-    assert all(options == {"attn_mask": None, "is_causal": True} for *_, options in attention_calls)
+    assert all(options["is_causal"] and "attn_mask" not in options for *_, options in attention_calls)
+
+
+def test_training_keeps_each_value_alone_not_the_product_that_it_is_a_part_of(model, batch, attention_calls):
+    model.train()(*batch)
+    assert all(v.untyped_storage().nbytes() == v.nbytes for _, _, v, _ in attention_calls)
 
 
 def test_the_loss_is_the_cross_entropy_of_the_tokens_in_the_order_given(model, batch):

@@ -57,3 +57,29 @@ def test_attention_of_short_sequences_on_a_cpu_is_computed_in_float32():
         y = speed.attention_on_a_cpu(q, k, v, is_causal=True)
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
     assert y.dtype == torch.bfloat16 and torch.equal(y, expected.bfloat16())
+
+
+class OnAGPU(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("n, length", [(1, 7), (3, 7), (7, 7)])
+def test_a_gpu_takes_the_kernel_without_a_mask_for_what_the_mask_says_elsewhere(monkeypatch, n, length):
+    def flash(q, k, v, dropout, is_causal):
+        """What PyTorch's operator computes: causal from the last row and column on."""
+        scores = q.float() @ k.float().mT / q.shape[-1] ** 0.5
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
+        calls.append(is_causal)
+        return (scores.masked_fill(later, -torch.inf).softmax(-1) @ v.float()).to(q.dtype), None
+
+    calls, generator = [], seeded(0)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash)
+    q = torch.randn(2, 3, n, 8, generator=generator).bfloat16()  # [b, heads, n, D]
+    k, v = torch.randn(2, 2, 3, length, 8, generator=generator).bfloat16()
+    expected = speed.causal_attention(q, k, v)
+    assert calls == []
+    y = speed.causal_attention(q.as_subclass(OnAGPU), k, v)
+    assert torch.allclose(y.float(), expected.float(), atol=0.02)
+    assert calls == ([True] if n < length else [])
