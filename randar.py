@@ -58,6 +58,8 @@ SIZES = {  # for example Config(**SIZES["XL"], grid=(16, 16), vocab_size=16384, 
     "tiny": dict(dim=64, n_layer=4, n_head=2, token_dropout=0.0, dropout=0.0),  # ours, 0.3M
     "toy": dict(dim=128, n_layer=4, n_head=4, token_dropout=0.0, dropout=0.0),  # ours, 1.2M
     "fine": dict(dim=192, n_layer=6, n_head=3, dropout=0.0),  # ours, 2.9M, for the fine world
+    "S": dict(dim=384, n_layer=12, n_head=6),  # ours, as L for ImageNet 34M, for 512 tokens 22M
+    "M": dict(dim=768, n_layer=12, n_head=12),  # ours, 111M and 86M
     "L": dict(dim=1024, n_layer=24, n_head=16),  # 343M, as all below of Table A
     "XL": dict(dim=1280, n_layer=36, n_head=20),  # 775M
     "XXL": dict(dim=1536, n_layer=48, n_head=24),  # 1.4B
@@ -539,7 +541,8 @@ class RandAR(nn.Module):
             seen = torch.cat([unread, queries])
             mask = None  # all that is cached, and of the input what comes before
             if isolated:  # a query sees what is known and itself, as in training; not the paper's
-                mask = x.new_ones(len(seen), start_pos + len(seen), dtype=torch.bool).tril(start_pos)
+                end = start_pos + len(seen)
+                mask = x.new_ones(len(seen), end, dtype=torch.bool).tril(start_pos)
                 mask[-m:, -m:] = torch.eye(m, dtype=torch.bool, device=x.device)
             y = self.hidden_states(x[:, seen], cos_sin[:, seen], mask, caches, start_pos)
             share = torch.full((), done / total, device=x.device)

@@ -21,9 +21,11 @@ from randar import ORDERS, load_randar
 from support import border, judge, pictures, released, toy
 from support.border import UserError
 from support.classes import names_of_classes, parse_classes, spread_classes
+from support.speed import compile_layers
 from tokenizer import load_tokenizer
 
 SHOWN = 12  # pictures of each class in the grid
+COMPILED = 5000  # so many pictures are worth compiling, on a GPU: predicted, not yet measured
 
 
 def load_models(ckpt, tokenizer=None, device="cpu"):
@@ -251,6 +253,10 @@ def main():
         border.writable_folder(pathlib.Path(args.out).parent)
         if args.npz:
             border.writable_folder(pathlib.Path(args.npz).parent, "--npz")
+
+        if device.type == "cuda" and len(classes) >= COMPILED * processes:
+            if border.can_compile(device):
+                compile_layers(model)
 
         # Pictures pass by, on their way to the file. Some are kept: to be shown, for the judge.
         world, rows = toy.world_of(model, tokenizer), {label: [] for label in shown}

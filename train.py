@@ -10,6 +10,7 @@ trains RAR, --position dense or merge an ablation of RandAR. On many GPUs: torch
     tokenizer.pt         copied here, for sample.py    log.jsonl     a line of JSON for each report
 """
 
+import copy
 import json
 import pathlib
 import shutil
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from randar import ORDERS, SIZES, generation_order, save_randar
 from rar import KINDS, RAR_SIZES, randomness
+from sample import decoding_precision
 from support import border, classes, data, pictures, released, toy
 from support.border import UserError, fraction, positive_float, positive_int
 from support.speed import checkpoint_activations, mixed_precision, speed_up_cpu, throughput
@@ -54,6 +56,12 @@ TOY = {"steps": 1200, "batch_size": 64, "micro_batch": 64, "learning_rate": 3e-3
 FINE = TOY | {"steps": 3500, "batch_size": 32, "learning_rate": 2e-3, "token_dropout": 0.1,
               "picture_every": 500}
 TOY_SIZES = {"tiny": TOY, "toy": TOY, "fine": FINE}
+NIGHT = {"batch_size": 256}  # ours, and not tuned: ten hours of ImageNet on an A100, by formula
+RECIPES = TOY_SIZES | {  # of a size, instead of the paper's
+    "S": NIGHT | {"steps": 200_000, "micro_batch": 128, "learning_rate": 1e-3},
+    "M": NIGHT | {"steps": 60_000, "micro_batch": 64, "learning_rate": 6e-4},
+    "XXL": {"micro_batch": 16},  # 32 would just not fit into 80 GB
+}
 SIZES_OF = {"randar": SIZES, "rar": RAR_SIZES}
 DRAWN = {"plain": 40_000, "fine": 100_000}  # pictures of each of toy.WORLDS
 
@@ -142,6 +150,7 @@ def train(args):
     network = model
     if processes > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        torch._dynamo.config.optimize_ddp = False  # one graph: else one for each bucket, 50 for L
     network = torch.compile(network) if border.can_compile(device) else network
 
     bar = tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps,
@@ -224,7 +233,7 @@ def report(model, optimizer, tokens, tokenizer, state, args, bar, asked_to_stop)
     # Whoever is asked to stop may not have the time for pictures.
     if asked_to_stop:
         bar.write(f"saved step {step:,}; to go on: python train.py --resume --out {out}")
-    elif checkpoint:
+    elif checkpoint or step == 50:  # of the largest models, 500 steps take an hour
         draw_samples(model, tokenizer, args, title=f"step {step:,}")
 
 
@@ -253,9 +262,12 @@ def draw_samples(model, tokenizer, args, title):
     """Eight samples of ten classes; always the same classes, orders, random numbers, to compare."""
     labels = classes.spread_classes(range(model.null_class))  # [80]
     torch.manual_seed(args.seed)
-    model.eval()
-    tokens = model.generate(labels.to(next(model.parameters()).device))  # [80, N]
-    model.train()
+    device = next(model.parameters()).device
+    copied = copy.deepcopy(model).eval().to(decoding_precision(device))  # as sample.py draws
+
+    # 16 at a time: of 80, the caches of the largest model would take half of a card's memory.
+    parts = [copied.generate(part) for part in labels.to(device).split(16)]
+    tokens = torch.cat(parts)  # [80, N]
 
     # From tokens to a labelled sheet, a row for each class
     pixels = pictures.to_uint8(tokenizer.decode(tokens, model.config.grid))
@@ -371,9 +383,9 @@ def main():
     args = parser.parse_args()
 
     with border.one_line_errors():
-        # Other defaults: of the toy sizes, of RAR (its Sec. 3.2), of the training that goes on
+        # Other defaults: of some sizes, of RAR (its Sec. 3.2), of the training that goes on
         path = pathlib.Path(args.out) / "training.pt"
-        parser.set_defaults(**TOY_SIZES.get(args.size, {}))
+        parser.set_defaults(**RECIPES.get(args.size, {}))
         if args.model == "rar":
             parser.set_defaults(anneal=[0.5, 0.75])  # the last quarter is in raster order
         if args.resume:

@@ -174,9 +174,7 @@ def exact_rows(model, seconds, compiled=False):
     counts = {(batch, way): [tokens_read(model, classes, options) for _ in range(64 // batch)]
               for batch, classes in batches.items() for way, options in ways.items()}
     if compiled:
-        torch._dynamo.config.recompile_limit = 64  # a step may be the first of its shape
-        for layer in model.layers:
-            layer.compile(dynamic=True)
+        compile_layers(model)
     cases = {(batch, way): functools.partial(model.generate, classes, **options)
              for batch, classes in batches.items() for way, options in ways.items()}
     for (batch, way), taken in interleaved(cases, device, seconds, "exact decoding").items():

@@ -8,12 +8,14 @@ line of his own bug.
 
 import argparse
 import contextlib
+import importlib.util
 import math
 import os
 import pathlib
 import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
 
 import torch
@@ -124,15 +126,26 @@ def join_processes(name=None):
 def fast_precision(device):
     """The dtype for matrix products in training: bfloat16 where there is hardware for it."""
     if device.type == "cuda":
-        faster = torch.cuda.is_bf16_supported()
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         faster = torch.cpu.get_capabilities().get("avx512_bf16")  # elsewhere it is emulated
     return torch.bfloat16 if faster else torch.float32
 
 
 def can_compile(device):
-    """Whether torch.compile works here: on a CPU it writes C++ and needs a compiler for it."""
-    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether torch.compile works here: it writes C++, on GPUs Triton, which writes C. Says if not."""
+    if device.type != "cuda":
+        missing = [] if shutil.which(os.environ.get("CXX", "g++")) else ["a C++ compiler"]
+    else:
+        headers = pathlib.Path(sysconfig.get_path("include"), "Python.h")
+        compilers = filter(None, [os.environ.get("CC"), "gcc", "clang"])  # as Triton looks for them
+        there = {"a C compiler": any(map(shutil.which, compilers)),
+                 "Python's headers (python3-dev)": headers.is_file(),
+                 "the package triton": importlib.util.find_spec("triton")}
+        missing = [name for name, found in there.items() if not found]
+    if missing:
+        say(f"not compiled, so slower: install {', '.join(missing)}")
+    return not missing
 
 
 def stop_at_signal():

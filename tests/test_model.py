@@ -16,8 +16,8 @@ from randar import SIZES, Config, RandAR
 # The decoder
 
 
-@pytest.mark.parametrize("size, millions", [("L", 343), ("XL", 775), ("XXL", 1400)])
-def test_sizes_count_the_parameters_of_table_a(size, millions):
+@pytest.mark.parametrize("size, millions", [("S", 34), ("M", 111), ("L", 343), ("XL", 775), ("XXL", 1400)])
+def test_sizes_count_the_parameters_of_table_a_and_our_own(size, millions):
     with torch.device("meta"):
         model = RandAR(Config(**SIZES[size]))
     count = sum(p.numel() for p in model.parameters()) / 1e6

@@ -9,7 +9,7 @@ from helpers import V, seeded
 from torch.utils.flop_counter import FlopCounterMode
 
 from rar import KINDS
-from support import speed
+from support import border, speed
 
 
 def small(kind):
@@ -83,3 +83,27 @@ def test_a_gpu_takes_the_kernel_without_a_mask_for_what_the_mask_says_elsewhere(
     y = speed.causal_attention(q.as_subclass(OnAGPU), k, v)
     assert torch.allclose(y.float(), expected.float(), atol=0.02)
     assert calls == ([True] if n < length else [])
+
+
+@pytest.mark.parametrize("device, compiler", [("cpu", "C++ compiler"), ("cuda", "C compiler")])
+def test_where_a_compiler_is_missing_one_line_says_so_and_nothing_is_compiled(monkeypatch, capsys,
+        device, compiler):
+    monkeypatch.setattr(border.shutil, "which", lambda name: None)
+    assert not border.can_compile(torch.device(device))
+    said = capsys.readouterr().err
+    assert compiler in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["rope", "rar"])
+def test_layers_compiled_for_decoding_draw_the_same_tokens(kind, monkeypatch):
+    torch.compiler.reset()
+    classes, drawn = torch.arange(5), []
+    for compiled in (False, True):
+        model = small(kind).eval()
+        if compiled:
+            compile_one = torch.nn.Module.compile
+            monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: compile_one(
+                layer, backend="aot_eager", **options))  # without a C++ compiler
+            speed.compile_layers(model)
+        drawn.append(model.generate(classes, generator=seeded(0)))
+    assert torch.equal(*drawn)

@@ -66,9 +66,11 @@ def test_weight_decay_is_for_matrices_only(model):
         steps=360_000, batch_size=1024, micro_batch=32, learning_rate=4e-4, min_lr=1e-5,
         descent=1 / 6, weight_decay=0.05, grad_clip=1.0, dropout=0.1, token_dropout=0.1,
         class_dropout=0.1, order="random", anneal=None, checkpoint_activations=False)),
+    ("--size S --data tokens", dict(steps=200_000, batch_size=256, dropout=0.1, token_dropout=0.1)),
     ("--model rar --size B --data tokens", dict(steps=360_000, order="raster", anneal=[0.5, 0.75])),
     ("--anneal 0 1 --order spiral-in", dict(order="spiral_in", anneal=[0, 1])),
-    ("--size XXL --data tokens --dropout 0", dict(steps=360_000, batch_size=1024, dropout=0.0)),
+    ("--size XXL --data tokens --dropout 0", dict(
+        steps=360_000, batch_size=1024, micro_batch=16, dropout=0.0)),
 ])
 def test_a_size_sets_the_papers_recipe_and_any_of_it_can_be_overridden(here, run, monkeypatch, line,
         expected):
@@ -171,6 +173,18 @@ def test_every_model_is_trained_by_the_same_command(here, run, options, kind, fi
     model = load_randar(f"new/{file}")
     assert type(model) is KINDS[kind][0] and model.order == order
     assert Image.open("new/samples.png").format == "PNG"
+
+
+def test_samples_are_drawn_by_a_copy_in_the_precision_of_sampling_and_training_goes_on(here, run,
+        monkeypatch):
+    """Of checkpointed layers, too, whose forward is not a method: it must be the copy's."""
+    types, logits = [], RandAR.logits
+    monkeypatch.setattr(train, "decoding_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr(RandAR, "logits", lambda self, x: types.append((
+        self.output.weight.dtype, self.training)) or logits(self, x))
+    run(f"{TRAIN} --steps 2 --picture-every 1 --checkpoint-activations --out new")
+    learns, draws = types.index((torch.float32, True)), types.index((torch.bfloat16, False))
+    assert learns < draws < len(types) - 1 - types[::-1].index((torch.float32, True))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -383,8 +397,8 @@ MISTAKES = {
     "--data tokens --tokenizer nowhere.pt": "no checkpoint at nowhere.pt",
     "--data tokens --tokenizer other_tok.pt": "did not make the tokens: give --tokenizer",
     "--data tokens --tokenizer as_many.pt": "as_many.pt did not make the tokens: give --tokenizer",
-    "--data tokens --size M": "'M' .*choose from",
-    "--data tokens --size B": "--model randar has the sizes tiny, toy, fine, L, XL, XXL",
+    "--data tokens --size XS": "'XS' .*choose from",
+    "--data tokens --size B": "--model randar has the sizes tiny, toy, fine, S, M, L, XL, XXL",
     "--data tokens --model rar --position dense": "rar no --position",
     "--data tokens --out tok.pt/new": "cannot write tok.pt/new/tokenizer.pt .*give another place",
     "--data tokens --out trained": "trained holds a training: add --resume",
