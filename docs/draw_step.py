@@ -1,7 +1,7 @@
 """Makes docs/step.html, decodings to step through in a browser: python docs/draw_step.py
 
 The page shows what `RandAR.decode` did: a `Recorder` listens to it. docs/step_template.html is the
-page without its data. Five minutes or so on one CPU core.
+page without its data. Three to six minutes on one CPU core.
 """
 
 import base64
