@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from randar import CLASS, Config, RandAR, Step, sample_tokens
+from support import checks
 from support.border import UserError
 from support.speed import causal_attention
 
@@ -319,7 +320,7 @@ def recognise(content, path):
 
     if "config" in content:  # one of ours; the first ones, all RandAR, do not say their kind
         model_class, config_class = KINDS[content.get("kind", "rope")]
-        return model_class, config_class(**content["config"])
+        return model_class, checks.config_of(config_class, content["config"], path)
 
     if "pos_instruct_embeddings" in state:  # RandAR; heads have 64 channels
         vocab_size, dim = state["tok_embeddings.weight"].shape

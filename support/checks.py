@@ -5,6 +5,7 @@ No check of this kind stands between the steps of the method: `decode` asks once
 
 import dataclasses
 import math
+import numbers
 
 import torch
 
@@ -12,8 +13,11 @@ from support import border
 from support.border import UserError
 
 
-def check_shapes(**expected):
+def check_shapes(dtype=torch.int64, **expected):
     """name=(tensor, shape as a list): raises UserError, with all names, if one does not fit."""
+    for name, (x, _) in expected.items():
+        if x.dtype != dtype:
+            raise UserError(f"{name} must be {dtype}, not {x.dtype}")
     if any(list(x.shape) != shape for x, shape in expected.values()):
         wanted = ", ".join(f"{name} {shape}" for name, (_, shape) in expected.items())
         got = ", ".join(str(list(x.shape)) for x, _ in expected.values())
@@ -35,6 +39,8 @@ def check_decoding(model, classes, order, steps, guidance, sampling, known, angl
 
     # Positions and tokens: an index out of range would be a crash on a GPU, or a wrong picture.
     num_tokens = math.prod(model.config.grid) if angles is None else len(angles)  # or a larger one
+    if angles is not None:
+        check_shapes(angles.dtype, angles=(angles, [num_tokens, model.head_dim // 2]))
     positions = torch.cat([known[0], order], dim=1)  # [b, k + n]
     check_values("classes", classes, model.null_class + 1)
     check_values("positions", positions, num_tokens)
@@ -43,6 +49,9 @@ def check_decoding(model, classes, order, steps, guidance, sampling, known, angl
         raise UserError("a position is given twice, in the order or among the known: give it once")
 
     # How the tokens are drawn
+    whole = {"steps": steps, "drafts": drafts, "top_k": sampling.top_k}
+    if not all(x is None or isinstance(x, numbers.Integral) for x in whole.values()):
+        raise UserError(f"expected whole numbers, not {whole}")
     if len(guidance.cfg) != 2 or not all(map(math.isfinite, (*guidance.cfg, guidance.scg))):
         raise UserError("cfg must be two numbers, at the start and at the end, and scg one, not "
                         f"{list(guidance.cfg)} and {guidance.scg}")
@@ -67,6 +76,28 @@ def check_decoding(model, classes, order, steps, guidance, sampling, known, angl
                         "on its own grid, without spatial contextual guidance (scg 1)")
 
 
+def config_of(config_class, settings, path):
+    """The dataclass with the settings that a file holds. UserError, with its path, for bad ones."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    for name, x in settings.items():
+        kind = type(defaults.get(name))
+        if kind is float:
+            good = isinstance(x, (int, float))
+        elif kind is bool:
+            good = isinstance(x, bool)
+        else:  # sizes, one or some
+            sizes = x if isinstance(x, (tuple, list)) else [x]
+            good = all(isinstance(size, int) and size > 0 for size in sizes)
+        if name not in defaults or not good:
+            raise UserError(f"{path} names a model with {name} = {x!r}, which there is not: it is "
+                            "damaged, or of another version")
+    config = config_class(**settings)
+    if hasattr(config, "n_head") and config.dim % (4 * config.n_head):
+        raise UserError(f"{path} names a model of width {config.dim} with {config.n_head} heads: "
+                        "expected a multiple of 4 for each head")
+    return config
+
+
 def save_network(network, path, half=False, **more):
     """Write a network with a dataclass as `config`, and more; half: weights in float16."""
     state = border.half_precision(network.state_dict()) if half else network.state_dict()
@@ -78,9 +109,7 @@ def load_network(path, recognise, device="cpu"):
 
     Raises UserError for a file that is missing, damaged or holds another network.
     """
-    content = border.load(path)
-    if not isinstance(content, dict):  # a bare tensor, say: no network either
-        content = {}
+    content, device = border.load(path), border.pick_device(device)
     network_class, config = recognise(content, path)
     with torch.device("meta"):  # shapes without numbers: all of these come from the file
         network = network_class(config)
