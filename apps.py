@@ -13,7 +13,6 @@ move, `complete`, with other tokens known, another order, other rotary angles. T
 
 import itertools
 import math
-import pathlib
 
 import numpy as np
 import torch
@@ -105,7 +104,7 @@ def missing_tokens(images, mask, tokenizer):
     """Which tokens of images [b, 3, H, W] a mask, bool [(b,) H, W], covers: bool [b, h, w]."""
     b, _, height, width = images.shape
     masks = mask.expand(b, -1, -1)
-    checks.check_shapes(masks=(masks, [b, height, width]))
+    checks.check_shapes(torch.bool, masks=(masks, [b, height, width]))
     return F.max_pool2d(masks.float(), tokenizer.config.downsampling) > 0  # any pixel is enough
 
 
@@ -550,10 +549,10 @@ def parse():
 
 def main():
     """Draw the rows of a command, and say what the judge sees in them."""
-    with border.one_line_errors():
+    with border.one_line_errors(smaller="--number"):
         args = parse()
         pictures.picture_format(args.out)
-        border.writable_folder(pathlib.Path(args.out).parent)
+        border.output(args.out, others=[getattr(args, "image", None), getattr(args, "mask", None)])
         args.device = border.pick_device(args.device)
         model, tokenizer = load_models(args.ckpt, args.tokenizer, args.device)
         model.to(decoding_precision(args.device))

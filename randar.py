@@ -331,12 +331,13 @@ def sample_tokens(logits, sampling=Sampling(), generator=None):
 
 
 def keep_or_redraw(drafts, q, p, generator=None):
-    """Make of drafts [..., m], drawn from q, tokens that come from p: (passed bool, int64 [..., m]).
+    """Make of drafts that came from q tokens that come from p: (passed, tokens), bool and int64.
 
-    q, p: [..., m, V]. A draft x is kept with probability min(1, p(x) / q(x)), otherwise one is drawn
-    in its place, with a chance in proportion to max(0, p - q). What comes out is x with probability
+    drafts: int64 [..., m], of which passed ones are kept; q, p: [..., m, V]. A draft x is kept with
+    probability min(1, p(x) / q(x)). Otherwise another one is drawn in its place, with a chance in
+    proportion to max(0, p - q). So the probability that x comes out is
 
-        q(x) min(1, p(x) / q(x)) + max(0, p(x) - q(x)) = min(q(x), p(x)) + max(0, p(x) - q(x)) = p(x)
+        q(x) min(1, p(x) / q(x)) + max(0, p(x) - q(x))  =  p(x)
 
     since all the max(0, p - q) sum to the probability that a draft is not kept. A bad q only means
     that few are: speculative decoding (arXiv 2211.17192).

@@ -250,9 +250,11 @@ def main():
         options = decoding_options(args)
         model.decode(torch.tensor(classes[:1], device=device), **options)  # no step of it yet
         pictures.picture_format(args.out)
-        border.writable_folder(pathlib.Path(args.out).parent)
+        border.output(args.out)
+        if args.gif:
+            border.output(pathlib.Path(args.out).with_suffix(".gif"), others=[args.out])
         if args.npz:
-            border.writable_folder(pathlib.Path(args.npz).parent, "--npz")
+            border.output(args.npz, "--npz", others=[args.out])
 
         if device.type == "cuda" and len(classes) >= COMPILED * processes:
             if border.can_compile(device):

@@ -254,7 +254,10 @@ class Tokenizer(nn.Module):
     def decode(self, tokens, grid=None):
         """Tokens [b, N] in raster order -> images [b, 3, H, W]; grid (h, w) if it is not square."""
         side = math.isqrt(tokens.shape[1])
-        tokens = tokens.reshape(len(tokens), *(grid or (side, side)))  # [b, h, w]
+        h, w = grid or (side, side)
+        checks.check_shapes(tokens=(tokens, [len(tokens), h * w]))
+        checks.check_values("tokens", tokens, self.config.codebook_size)
+        tokens = tokens.reshape(-1, h, w)  # [b, h, w]
         return self.paint(self.quantize.vectors(tokens)).clamp(-1, 1)
 
 
@@ -281,7 +284,7 @@ def recognise(content, path):
         settings = content["config"]
         if "codes" in settings:  # so our first files call it
             settings["codebook_size"] = settings.pop("codes")
-        return Tokenizer, TokenizerConfig(**settings)
+        return Tokenizer, checks.config_of(TokenizerConfig, settings, path)
 
     # Nothing stands between MaskGIT's encoder and its codes.
     return Tokenizer, LLAMAGEN_VQ16 if "quant_conv.weight" in state else MASKGIT_VQ16
@@ -370,7 +373,9 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, st
 def train_command(args):
     """python tokenizer.py train: also draws images and their reconstructions, beside --out."""
     out, device = pathlib.Path(args.out), border.pick_device(args.device)
-    border.writable_folder(out.parent)
+    sheet = out.with_suffix(".png")  # of what it has learnt
+    border.output(out)
+    border.output(sheet, others=[out])
     torch.manual_seed(args.seed)
 
     # What it learns from, and what it is measured on: of a folder 5%, at most 250.
@@ -391,8 +396,8 @@ def train_command(args):
     shown = from_uint8(validation[:10]).to(device)  # [10, 3, H, W]
     painted = tokenizer.decode(tokenizer.encode(shown))
     pixels = to_uint8(torch.cat([shown, painted]))  # one row of each
-    save_picture(picture_grid(pixels, ["image", "repainted"]), out.with_suffix(".png"))
-    print(f"wrote {out} and, of {len(shown)} images, {out.with_suffix('.png')}")
+    save_picture(picture_grid(pixels, ["image", "repainted"]), sheet)
+    print(f"wrote {out} and, of {len(shown)} images, {sheet}")
 
 
 def main():

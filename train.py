@@ -11,6 +11,7 @@ trains RAR, --position dense or merge an ablation of RandAR. On many GPUs: torch
 """
 
 import copy
+import filecmp
 import json
 import pathlib
 import shutil
@@ -63,6 +64,7 @@ RECIPES = TOY_SIZES | {  # of a size, instead of the paper's
     "XXL": {"micro_batch": 16},  # 32 would just not fit into 80 GB
 }
 SIZES_OF = {"randar": SIZES, "rar": RAR_SIZES}
+PARTS = ("config", "model", "optimizer")  # what training.pt must have
 DRAWN = {"plain": 40_000, "fine": 100_000}  # pictures of each of toy.WORLDS
 
 
@@ -105,10 +107,14 @@ def open_tokens(args, rank, processes, device):
         tokenizer = load_tokenizer(path, device)
         images, labels, _ = toy.make(DRAWN[world], seed=0, world=world)
         data.encode_images(images, labels, toy.CLASSES, tokenizer, path, folder,
-                           size=images.shape[1], crops=1)
+                           source=world, size=images.shape[1], crops=1)
     if processes > 1:
         dist.barrier()  # this was the work of one; the others wait
-    return data.TokenFolder(folder)
+    tokens = data.TokenFolder(folder)
+    if tokens.source not in ("", world):  # "": of an earlier version
+        raise UserError(f"{folder} holds tokens of {tokens.source}: add --data {folder} to learn "
+                        "from them, or give another --out")
+    return tokens
 
 
 def training_batch(tokens, step, args, part):
@@ -183,8 +189,8 @@ def train(args):
         # A gradient that is not finite would spoil the weights for good: skip the step.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         bad_steps = 0 if norm.isfinite() else bad_steps + 1
-        if bad_steps == 10:  # in a row
-            raise UserError("ten steps were skipped: lower the --learning-rate")
+        if bad_steps == 10 or bad_steps and step + 1 == args.steps:
+            raise UserError(f"the last {bad_steps} steps were skipped: lower the --learning-rate")
         if bad_steps:
             border.say(f"step {step + 1} skipped: the norm of its gradient is {norm:g}")
         else:
@@ -195,7 +201,7 @@ def train(args):
         # What people watch is the work of the first process alone.
         state["step"] = step + 1
         state["seconds"] += time.perf_counter() - started
-        if rank == 0:
+        if rank == 0 and not bad_steps:  # what was saved last was good: it stays for now
             report(model, optimizer, tokens, tokenizer, state, args, bar, asked_to_stop)
         if asked_to_stop:
             raise KeyboardInterrupt
@@ -310,6 +316,9 @@ def open_run(args, rank, processes, device):
     same = tokens.fingerprint in (None, facts["fingerprint"])  # others have as many codes, too
     if facts["codes"] != tokens.codebook_size or not same:
         raise UserError(f"{path} did not make the tokens: give --tokenizer the one that did")
+    copied = pathlib.Path(args.out, "tokenizer.pt")
+    if copied.is_file() and not filecmp.cmp(path, copied, shallow=False):
+        raise UserError(f"{copied} is another tokenizer than {path}: give another --out")
 
     # A model that knows nothing yet
     torch.manual_seed(args.seed)
@@ -331,7 +340,7 @@ def open_run(args, rank, processes, device):
     # versions lack some of it.
     state = {"step": 0, "log": [], "losses": [], "seconds": 0.0}
     if args.resume:
-        saved = border.load(f"{args.out}/training.pt", device)
+        saved = border.load(f"{args.out}/training.pt", device, PARTS)
         same = saved.get("kind", "rope") == kind
         same = same and saved["config"].items() <= vars(config).items()
         for name in ("batch_size", "seed", "order", "anneal"):
@@ -344,8 +353,8 @@ def open_run(args, rank, processes, device):
     if state["step"] >= args.steps:
         raise UserError(f"{args.out} holds {state['step']} steps already: ask for more --steps")
 
-    if rank == 0:
-        border.write_safely(f"{args.out}/tokenizer.pt", lambda new: shutil.copy(path, new))
+    if rank == 0 and not copy.is_file():
+        border.write_safely(copy, lambda partial: shutil.copy(path, partial))
     parameters = sum(p.numel() for p in model.parameters())
     border.say(f"{parameters / 1e6:.1f}M parameters, {len(tokens):,} images; pictures will be in "
                f"{args.out}; the first step may take a minute")
@@ -382,22 +391,27 @@ def main():
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     args = parser.parse_args()
 
-    with border.one_line_errors():
+    with border.one_line_errors(smaller="--micro-batch"):
         # Other defaults: of some sizes, of RAR (its Sec. 3.2), of the training that goes on
         path = pathlib.Path(args.out) / "training.pt"
         parser.set_defaults(**RECIPES.get(args.size, {}))
         if args.model == "rar":
             parser.set_defaults(anneal=[0.5, 0.75])  # the last quarter is in raster order
         if args.resume:
-            settings = border.load(path).get("settings", {})
+            settings = border.load(path, parts=PARTS).get("settings", {})
             older = {"clip": "grad_clip", "last_learning_rate": "min_lr"}  # names in first files
             parser.set_defaults(**{older.get(name, name): x for name, x in settings.items()})
             parser.set_defaults(out=args.out, tokenizer=f"{args.out}/tokenizer.pt")  # the copy
         elif path.exists():
             raise UserError(f"{args.out} holds a training: add --resume, or give another --out")
+        else:  # what is there is not ours
+            for name in (f"{args.model}.pt", "log.jsonl", "loss.png", "samples.png"):
+                if (path.parent / name).exists():
+                    raise UserError(f"{path.parent / name} is there already: give another --out")
         args = parser.parse_args()
         args.order = args.order or ("raster" if args.anneal else "random")
-        train(args)
+        with border.alone(args.out):
+            train(args)
         border.say(f"for more pictures: python sample.py --ckpt {args.out}/{args.model}.pt")
 
 

@@ -205,7 +205,9 @@ def main():
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     add("--out", help="also write the figures here, as JSON")
     args = parser.parse_args()
-    with border.one_line_errors():
+    with border.one_line_errors("the number of pictures"):
+        if args.out:
+            border.output(args.out)
         device, samples = border.pick_device(args.device), read_npz(args.samples)
         pixels, classes = samples["arr_0"], samples.get("arr_1")
         if args.reference:

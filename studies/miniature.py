@@ -104,9 +104,9 @@ def run_of(model, steps=PARALLEL, order="random", cfg=1.5, scg=1.0, trained=STEP
 
 
 def ways(model, order, steps, drafts, trained=STEPS):
-    """Runs for decoding one token a step, in parallel with causal and isolated queries, and exactly.
+    """Runs that decode one token a step, in parallel (causal, isolated queries), and exactly.
 
-    steps: a list of how many, the last for one token a step; drafts: of exact decoding, a list.
+    steps: a list of how many, the last of which is one token a step; drafts: a list, of exact ones.
     """
     causal, isolated = (dict(queries=name, drafts=None) for name in ("causal", "isolated"))
     rows = [(n, way) for n in steps[:-1] for way in (causal, isolated)] + [(steps[-1], causal)]
@@ -154,8 +154,9 @@ def figures(run, seed, device):
     """FIGURES of samples: a dict; FID is the judge's Frechet distance.
 
     run: keys model, trained (steps), order, steps (decoding), cfg (its end; it starts at 1), scg,
-    some with queries and drafts: of SAMPLES; or, with the key factor, keywords of apps.extrapolate: of ENLARGED by the fine model, in
-    128 steps, and in step 1 as many, not one token a step: eight times faster, a little worse.
+    some with queries and drafts: of SAMPLES. Or, with the key factor, keywords of apps.extrapolate:
+    of ENLARGED by the fine model, in 128 steps, and in step 1 as many, not one token a step: eight
+    times faster, a little worse.
     Every seed compares with as many fresh pictures of its own.
     """
     larger = "factor" in run
@@ -228,7 +229,7 @@ def show(rows, label):
     """Prints a line for each row: mean and spread of each figure; label: a run -> a line's name."""
     table = []
     for row in rows:
-        measured = [name for name in FIGURES if name in row["results"][0]]  # sFID not from the first
+        measured = [x for x in FIGURES if x in row["results"][0]]  # the first runs had no sFID
         cells = [mean_and_spread(row, name) for name in measured]
         texts = {name: f"{x:.3f} ±{spread:.3f}" for name, (x, spread) in zip(measured, cells)}
         table.append({"": label(row["run"])} | texts)

@@ -21,6 +21,8 @@ import tempfile
 import torch
 import torch.distributed as dist
 
+MARK = b"drawn by RandAR"  # in all our pictures, near the beginning
+held = contextlib.ExitStack()  # locks of the command that runs
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent.parent / "checkpoints"  # weights that ship
 
 
@@ -47,9 +49,14 @@ def command_line(docstring):
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Around a command: UserError -> one line, exit code 2; Ctrl-C or SIGTERM -> "stopped", 130."""
+def one_line_errors(smaller="--batch-size"):
+    """Around a command: UserError -> one line, exit code 2; Ctrl-C or SIGTERM -> "stopped", 130.
+
+    smaller: the flag to lower when the memory is too small.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a cluster says Ctrl-C
+    with contextlib.suppress(AttributeError):  # no terminal, but a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # of names that it cannot show
     try:
         yield
         if dist.is_initialized():
@@ -60,7 +67,14 @@ def one_line_errors():
     except KeyboardInterrupt:
         say("stopped")
         sys.exit(130)  # as shells say it: 128 + the number of the signal
+    except (MemoryError, RuntimeError) as error:  # torch, on CPUs, has no class of its own for it
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not full and "DefaultCPUAllocator" not in str(error):
+            raise
+        say(f"error: out of memory: lower {smaller}")
+        sys.exit(2)
     finally:
+        held.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -102,7 +116,7 @@ def pick_device(name=None):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)  # raises what is wrong with it
+        torch.zeros(1, device=name).item()  # raises what is wrong with it
     except (RuntimeError, AssertionError) as error:  # torch raises either
         raise UserError(f"cannot use device {name!r} ({error}): try --device cpu") from None
     return torch.device(name)
@@ -133,7 +147,7 @@ def fast_precision(device):
 
 
 def can_compile(device):
-    """Whether torch.compile works here: it writes C++, on GPUs Triton, which writes C. Says if not."""
+    """Whether torch.compile works here: it writes C++, on GPUs Triton, which writes C. Or says why."""
     if device.type != "cuda":
         missing = [] if shutil.which(os.environ.get("CXX", "g++")) else ["a C++ compiler"]
     else:
@@ -182,7 +196,8 @@ def write_safely(path, write):
             os.fsync(file.fileno())  # all of it is on the disk before the old one goes
         os.replace(partial, path)  # at any moment there is a whole file of that name
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error}): give another place") from None
+        raise UserError(f"cannot write {path} ({error}): make room or give another place; what was "
+                        "there is as it was") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -199,20 +214,69 @@ def writable_folder(path, option="--out"):
     return path
 
 
+@contextlib.contextmanager
+def alone(out):
+    """Around the making of a file or folder: UserError if another process is making it.
+
+    A lock file beside it holds the number of the process. The system forgets a lock when its
+    process ends, however that happens: a file that was left behind is no obstacle.
+    """
+    out = pathlib.Path(out).resolve()
+    path = out.parent / f".{out.name}.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl  # not on Windows
+
+            out.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a+"))
+            if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first writes
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.callback(path.unlink, missing_ok=True)
+                file.truncate(0)
+                print(os.getpid(), end="", file=file, flush=True)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"process {file.read()} is writing {out}: wait until it ends, or give "
+                            "another --out") from None
+        except (ImportError, OSError):
+            pass  # nobody can lock anything here: go on without
+        yield
+
+
+def output(path, option="--out", others=()):
+    """Keep the file `path` for this command, *before* hours of work. UserError if that cannot be.
+
+    others: paths that the command reads or writes too, or None. A file that is there already is
+    somebody's work, unless it says that we drew it.
+    """
+    path = pathlib.Path(path)
+    if path.resolve() in [pathlib.Path(other).resolve() for other in others if other]:
+        raise UserError(f"{path} is another file of this command: give another {option}")
+    if path.exists() and not (path.is_file() and MARK in open(path, "rb").read(4096)):
+        raise UserError(f"{path} is there already, and no picture of ours: give another {option}, "
+                        "or delete it")
+    writable_folder(path.parent, option)
+    held.enter_context(alone(path))
+
+
 def save(content, path):
     """torch.save, safely. content: a dict of tensors, numbers, strings and containers of them."""
 
     def write(partial):
         with open(partial, "wb") as file:  # by name, torch does not say that a disk is full
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # so torch covers up the disk's own error
+                raise error.__context__ or error
 
     write_safely(path, write)
 
 
-def load(path, device="cpu"):
+def load(path, device="cpu", parts=()):
     """What `save` or a .safetensors file holds, on `device`; never runs code from a file.
 
-    UserError for a file that is missing or damaged, or where the package safetensors is missing.
+    UserError for a file that is missing or damaged or lacks one of parts, the names of what it must
+    hold, or where the package safetensors is missing.
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: give one of train.py, tokenizer.py or a release")
@@ -221,12 +285,18 @@ def load(path, device="cpu"):
             from safetensors.torch import load_file  # nobody else needs the package
 
             return load_file(path, device=str(device))
-        return torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
     except ImportError:
         raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
     except Exception as error:  # a damaged file may raise anything in torch, pickle, zip
         raise UserError(f"{path} is not a readable checkpoint, it may be truncated "
                         f"({error!r:.120}): download or train it again") from None
+    if not isinstance(content, dict):  # a bare tensor, say: nothing of ours
+        content = {}
+    missing = [part for part in parts if part not in content]
+    if missing:
+        raise UserError(f"{path} has no {missing[0]!r}, so it is none of train.py: give another")
+    return content
 
 
 def half_precision(state_dict):

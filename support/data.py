@@ -8,6 +8,7 @@ training never waits for a JPEG. A *token folder* holds
     labels.npy       int64 [n], the class of each file, -1 for an unreadable one: last
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -23,7 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from support.border import UserError, writable_folder, write_safely
+from support.border import UserError, alone, writable_folder, write_safely
 from support.pictures import from_uint8, open_picture
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -132,7 +133,8 @@ def encode_images(images, labels, class_names, tokenizer, tokenizer_path, out, s
 
     meta = {"grid": [size // f, size // f], "crops": crops, "classes": class_names,
             "images": str(source)} | facts_of(tokenizer, tokenizer_path)
-    write_tokens(out, images, labels, read, encode, meta, batch_size)
+    with alone(out):
+        write_tokens(out, images, labels, read, encode, meta, batch_size)
 
 
 def pack_tokens(folder, tokenizer, tokenizer_path, out):
@@ -153,7 +155,8 @@ def pack_tokens(folder, tokenizer, tokenizer_path, out):
     meta = {"grid": [side, side], "crops": len(first), "classes": class_names,
             "images": str(pathlib.Path(folder).resolve())} | facts_of(tokenizer, tokenizer_path)
     read = functools.partial(read_tokens, codebook_size=codes, shape=first.shape)
-    write_tokens(out, paths, numbers[labels], read, np.asarray, meta, batch_size=256)
+    with alone(out):
+        write_tokens(out, paths, numbers[labels], read, np.asarray, meta, batch_size=256)
 
 
 def facts_of(tokenizer, path):
@@ -173,10 +176,13 @@ def write_tokens(out, items, labels, read, convert, meta, batch_size):
     """Write what is missing of `out`; convert: items read and stacked -> tokens [k, crops, N]."""
     out, older = writable_folder(out), meta | {"files": len(items)}  # older: of earlier versions
     listing = {"listing": fingerprint_of_files(items)} if isinstance(items[0], str) else {}
-    meta, path = older | listing, out / "meta.json"
-    if path.is_file() and json.loads(path.read_text()) not in (meta, older):
-        raise UserError(f"{out} was begun with other settings or other files, see its meta.json: "
-                        "give another --out, or delete it")
+    meta, path, begun = older | listing, out / "meta.json", {}
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # damaged
+            begun = json.loads(path.read_text())
+    if begun not in (meta, older) and any(x.suffix in (".json", ".npy") for x in out.iterdir()):
+        raise UserError(f"{out} was begun with other settings or files, see its meta.json, or by "
+                        "others: give another --out, or delete it")
     if (out / "labels.npy").is_file():
         print(f"{out} is complete already")
         return
@@ -237,8 +243,10 @@ class TokenFolder:
     def __init__(self, folder):
         folder = pathlib.Path(folder)
         if not (folder / "labels.npy").is_file():
-            raise UserError(f"{folder} is no token folder, or not finished: run "
-                            f"python tokenizer.py encode --images DIR --out {folder}")
+            begun = (folder / "meta.json").is_file()
+            what = "was begun, but is not finished" if begun else "is no token folder"
+            raise UserError(f"{folder} {what}: run python tokenizer.py encode --images DIR --out "
+                            f"{folder}{' again, with the flags that it had' * begun}")
         try:
             meta = json.loads((folder / "meta.json").read_text())
             self.grid, self.codebook_size = tuple(meta["grid"]), meta["codes"]
@@ -248,6 +256,7 @@ class TokenFolder:
             paths = paths or [folder / "tokens.npy"]  # as the first version wrote them
             self.shards = [np.load(path, mmap_mode="r") for path in paths]
             self.labels, self.crops = np.load(folder / "labels.npy"), self.shards[0].shape[1]
+            self.source = meta.get("images", "")  # where its images come from
             whole = sum(map(len, self.shards)) == len(self.labels)
 
             # Each is read once before a training of days: no token may be beyond the codes.
@@ -255,6 +264,8 @@ class TokenFolder:
             for shard, labels in zip(self.shards, np.split(self.labels, ends[:-1])):
                 tokens = shard[labels >= 0]  # [k, crops, N]
                 whole &= tokens.dtype == np.uint16 and tokens.max(initial=0) < self.codebook_size
+            whole &= self.labels.dtype == np.int64 and self.labels.shape == (len(self.labels),)
+            whole &= 0 <= self.labels.max() < len(self.class_names)
         except Exception:  # of numpy, json, ...
             whole = False
         if not whole:

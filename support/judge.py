@@ -14,7 +14,6 @@ token of 64 in each 0.7, four 6.3, sixteen 34; only red 24; noise 114.
 """
 
 import functools
-import pathlib
 
 import numpy as np
 import torch
@@ -159,7 +158,6 @@ def blow_up(images):
 
 def train_judge(steps, path, world="plain"):
     """Train on up to 128 fresh pictures a step; write weights, and the features' statistics."""
-    border.writable_folder(pathlib.Path(path).parent)
     torch.manual_seed(0)
     network = Judge(world)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
@@ -204,11 +202,12 @@ def main():
     parser = border.command_line(__doc__)
     parser.add_argument("--world", choices=toy.WORLDS, default="plain", help="(default: plain)")
     parser.add_argument("--steps", type=border.positive_int, default=1200)
-    parser.add_argument("--out", help="default: checkpoints/judge.pt, or of the fine world fine/judge.pt")
+    parser.add_argument("--out", default="judge.pt",
+                        help="(default: judge.pt; the one in use is in checkpoints/)")
     args = parser.parse_args()
     with border.one_line_errors():
-        out = args.out or toy.folder(args.world) / "judge.pt"
-        train_judge(args.steps, out, args.world)
+        border.output(args.out)
+        train_judge(args.steps, args.out, args.world)
 
 
 if __name__ == "__main__":

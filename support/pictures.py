@@ -11,8 +11,9 @@ import pathlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from support.border import UserError, write_safely
+from support.border import MARK, UserError, write_safely
 
 UNDECODED = 200  # the grey of positions that are not decoded yet
 # What is read. Pillow goes by content, not by name, and hands PostScript to another program.
@@ -143,6 +144,8 @@ def picture_format(path):
 
 
 def save_picture(picture, path, **options):
-    """Write a PIL image as a PNG (or GIF, with its options), safely."""
-    kind = picture_format(path)
+    """Write a PIL image as a PNG (or GIF, with its options), safely; it says that we drew it."""
+    kind, info = picture_format(path), PngInfo()
+    info.add_text("Software", MARK.decode())
+    options |= {"pnginfo": info} if kind == "png" else {"comment": MARK}
     write_safely(path, lambda partial: picture.save(partial, format=kind, **options))

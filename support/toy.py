@@ -269,6 +269,7 @@ def main():
     args = parser.parse_args()
     images = [draw(i // 10, np.random.default_rng(i))[0] for i in range(100)]  # ten of each class
     with border.one_line_errors():
+        border.output(args.out)
         pictures.save_picture(pictures.picture_grid(np.stack(images), CLASSES), args.out)
 
 

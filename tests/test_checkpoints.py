@@ -115,3 +115,12 @@ def test_weights_of_another_shape_are_named(tmp_path):
     content["config"]["vocab_size"] = V
     torch.save(content, tmp_path / "a.pt")
     assert "size mismatch" in complaint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name, value", [("n_head", "two"), ("n_head", 3), ("nothing", 1)])
+def test_a_bad_value_inside_a_file_is_said_with_the_files_name(model, tmp_path, name, value):
+    save_randar(model, tmp_path / "a.pt")
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    content["config"][name] = value
+    torch.save(content, tmp_path / "a.pt")
+    assert "names a model" in complaint(tmp_path / "a.pt")

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -100,6 +101,7 @@ MISTAKES = {
     "sample.py --ckpt trained/randar.pt --out photos/cat/1.png/a.png": "cannot write",  # no such place
     "sample.py --ckpt trained/randar.pt --device nonsense": "device 'nonsense'.*--device cpu",
     "studies/bench.py --seconds -1": "--seconds",
+    "sample.py --ckpt trained/randar.pt --device meta": "device 'meta'.*--device cpu",  # holds no numbers
     "train.py --data nowhere": "nowhere",
     "train.py --size L": "tokens",  # a large model wants tokens, not the toy world
     "train.py --data photos": "tokenizer.py encode --images",  # tokens come first
@@ -123,6 +125,82 @@ def test_a_mistake_typed_for_real_is_no_traceback(workshop):
     process = subprocess.run(**typed("train.py --data nowhere --out new", workshop), timeout=120)
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Nobody's work is overwritten
+
+SAMPLE = "sample.py --ckpt trained/randar.pt --number 2 --steps 2"
+KEPT = {  # a file that was there before, or a command's own input, stays
+    f"{SAMPLE} --out photos/cat/1.png": "photos/cat/1.png is there already, .* another --out",
+    f"{SAMPLE} --npz trained/training.pt": "training.pt is there already, .* another --npz",
+    f"{SAMPLE} --gif --out a.gif": "a.gif is another file of this command",
+    "apps.py inpaint --image pictures/drawn.png --out pictures/drawn.png": "another file of this command",
+    "tokenizer.py train --data photos --steps 1 --out tok.pt": "tok.pt is there already",
+    "tokenizer.py encode --images photos --tokenizer tok.pt --out shards": "shards was begun",
+    "train.py --data tokens --steps 1 --out own": "own/log.jsonl is there already: give another --out",
+    "train.py --data tokens --steps 1 --out other": "other/tokenizer.pt is another tokenizer",
+    "train.py --size tiny --steps 1 --out my": "my/tokens holds tokens of .*photos: add --data my/tokens",
+    "studies/evaluate.py --samples a.npz --out said.json": "said.json is there already",
+    "support/judge.py --steps 1 --out tok.pt": "tok.pt is there already"}
+
+
+@pytest.mark.parametrize("line", KEPT)
+def test_what_a_command_did_not_make_is_refused_before_the_work_and_stays(here, run, capsys, line):
+    for folder, file in (("own", "log.jsonl"), ("other", "tokenizer.pt"), ("shards", "labels.npy")):
+        (here / folder).mkdir()
+        (here / folder / file).write_text("somebody's")
+    shutil.copytree("tokens", "my/tokens")
+    before = files_of(here)
+    with pytest.raises(SystemExit, match="2"):
+        run(line)
+    assert re.search(KEPT[line], capsys.readouterr().err) and files_of(here) == before
+
+
+def test_a_picture_of_ours_is_replaced_by_the_next_one(here, run):
+    for seed in (1, 2):
+        run(f"{SAMPLE} --gif --seed {seed}")
+
+
+def test_what_another_process_is_writing_is_refused_until_that_one_has_ended(here, run, capsys):
+    wait = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from support import border\n"
+    wait += "with border.alone('new'): print('ready', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", wait], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"ready\n"
+    for line in (f"train.py --data tokens --size tiny --steps 1 {SMALL} --out new",
+                 "tokenizer.py encode --images photos --tokenizer tok.pt --out new"):
+        with pytest.raises(SystemExit, match="2"):
+            run(line)
+        assert f"process {other.pid} is writing {here}/new: wait" in capsys.readouterr().err
+    other.kill()  # its lock file stays, which is no obstacle
+    other.communicate()
+    run(line)
+    assert (here / "new" / "labels.npy").is_file() and not list(here.glob(".*.lock"))
+
+
+# ------------------------------------------------------------------------------------------------
+# What the machine lacks is one line, too
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_file_stays(here, monkeypatch):
+    def full(content, file):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 946368 vs 946256")  # as torch covers it up
+
+    before = files_of(here / "trained")
+    monkeypatch.setattr(border.torch, "save", full)
+    with pytest.raises(border.UserError, match="cannot write trained/training.pt .*No space left"):
+        border.save({}, "trained/training.pt")
+    assert files_of(here / "trained") == before
+
+
+def test_too_little_memory_is_one_line_that_names_the_flag_to_lower(here, run, monkeypatch, capsys):
+    monkeypatch.setattr(randar.RandAR, "decode", lambda *_, **__: randar.torch.empty(10**15))
+    with pytest.raises(SystemExit, match="2"):
+        run(SAMPLE)
+    assert capsys.readouterr().err.endswith("error: out of memory: lower --batch-size\n")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -205,6 +205,7 @@ def measured(run, monkeypatch, tmp_path, networks):
     monkeypatch.setattr(toy, "make", lambda n, seed: draw(min(n, 300), seed))  # 1,000 take a second
 
     def measured(line):
+        Path("figures.json").unlink(missing_ok=True)
         run(f"studies/evaluate.py {line} --out figures.json".replace("NETWORKS", str(networks)))
         return json.loads(Path("figures.json").read_text())
 

@@ -40,7 +40,12 @@ def content():
 @pytest.fixture
 def drawn(folder, run):
     """A function that draws with these options, and returns what the file holds then."""
-    return lambda options: run(f"{SAMPLE} --npz drawn.npz {options}") or content()
+    def drawn(options):
+        (folder / "drawn.npz").unlink(missing_ok=True)
+        run(f"{SAMPLE} --npz drawn.npz {options}")
+        return content()
+
+    return drawn
 
 
 @pytest.fixture
@@ -181,7 +186,7 @@ def test_a_batch_leaves_the_memory_while_the_next_one_is_drawn(tmp_path):
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_ended_midway_it_leaves_the_folder_as_it_was(folder, run, monkeypatch, kind):
-    (folder / "drawn.npz").write_text("of an earlier run")
+    run(SAMPLE)  # its picture stays, too
     before, calls, to_uint8 = files_of(folder), [], pictures.to_uint8
 
     def end_in_the_second_batch(images):

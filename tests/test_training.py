@@ -263,9 +263,16 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_end_the_tr
         run(f"{TRAIN} --steps 100 --picture-every 11 --out spoilt")
     said = capsys.readouterr().err
     assert "step 2 skipped: the norm of its gradient is nan" in said
-    assert "ten steps were skipped: lower the --learning-rate" in said
+    assert "the last 10 steps were skipped: lower the --learning-rate" in said
     assert [line["step"] for line in log_of("spoilt")] == [1, 11]
     assert all(p.isfinite().all() for p in load_randar("spoilt/randar.pt").parameters())
+
+
+def test_while_steps_are_skipped_the_last_good_checkpoint_stays(here, run, no_pictures, monkeypatch):
+    spoil(monkeypatch, steps=range(2, 50))
+    with pytest.raises(SystemExit, match="2"):
+        run(f"{TRAIN} --steps 100 --picture-every 1 --out spoilt")
+    assert border.load("spoilt/training.pt")["step"] == border.load("spoilt/randar.pt")["step"] == 2
 
 
 # --------------------------------------------------------------------------------------------------
