@@ -11,6 +11,8 @@ move, `complete`, with other tokens known, another order, other rotary angles. T
     correspond        where is the same part on another object? (App. E)
 """
 
+import support  # first: Ctrl-C while torch is imported is no traceback
+
 import itertools
 import math
 

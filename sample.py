@@ -8,6 +8,8 @@ For measures of quality many pictures go into one file, here on eight GPUs, the 
 torchrun --nproc-per-node 8 sample.py --number 50000 --npz samples.npz
 """
 
+import support  # first: Ctrl-C while torch is imported is no traceback
+
 import pathlib
 import zipfile
 

@@ -11,6 +11,8 @@ back from the codes. The number of a code is the *token*.
 Shapes: b images of H x W pixels, h x w = N tokens, f = H / h pixels a token along each axis.
 """
 
+import support  # first: Ctrl-C while torch is imported is no traceback
+
 import math
 import pathlib
 from dataclasses import dataclass

@@ -10,6 +10,8 @@ trains RAR, --position dense or merge an ablation of RandAR. On many GPUs: torch
     tokenizer.pt         copied here, for sample.py    log.jsonl     a line of JSON for each report
 """
 
+import support  # first: Ctrl-C while torch is imported is no traceback
+
 import copy
 import filecmp
 import json
