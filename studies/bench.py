@@ -26,7 +26,8 @@ from randar import (SIZES, Config, RandAR, default_steps, generation_order, load
                     step_sizes)
 from sample import decoding_precision
 from support import border
-from support.speed import matrix_rate, mixed_precision, speed_up_cpu, training_flops
+from support.speed import (compile_layers, matrix_rate, mixed_precision, speed_up_cpu,
+                           training_flops)
 from train import make_optimizer
 
 # ------------------------------------------------------------------------------------------------
