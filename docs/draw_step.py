@@ -46,6 +46,9 @@ class Recorder:
         self.keep_or_redraw = randar.keep_or_redraw
 
         def hidden_states(x, cos_sin, mask, caches, start_pos):
+            if mask is None:  # causal
+                mask = torch.ones(x.shape[1], start_pos + x.shape[1], dtype=torch.bool)
+                mask = mask.tril(start_pos)
             self.asked = mask.reshape(-1, *mask.shape[-2:])[0], start_pos  # contexts have the same
             return type(self.model).hidden_states(self.model, x, cos_sin, mask, caches, start_pos)
 
