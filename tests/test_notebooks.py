@@ -26,7 +26,7 @@ with matplotlib.rc_context():  # its settings are for the notebooks, not for oth
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SOLUTIONS = sorted(FOLDER.glob("solutions/*.ipynb"))
-LESSONS = [path for path in NOTEBOOKS if not path.name.startswith("8")]  # those with exercises
+LESSONS = [path for path in NOTEBOOKS if path.name[0] not in "08"]  # those with exercises
 
 
 def named(path):
