@@ -158,7 +158,6 @@ def train(args):
     network = model
     if processes > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-        torch._dynamo.config.optimize_ddp = False  # one graph: else one for each bucket, 50 for L
     network = torch.compile(network) if border.can_compile(device) else network
 
     bar = tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps,

@@ -6,13 +6,14 @@ weights: on a GPU, or in some ten minutes on a CPU, two images at a time.
     interleaved                 how times are measured
     decoding_floor              the time that sampling must take on this device
     training_rows               a training step, plain and compiled
-    sampling_rows               a batch of images, cached and uncached, in many steps and few
+    sampling_rows               a batch of images, with the cache and without, in many steps and few
     exact_rows                  exact parallel decoding beside these: steps, tokens, seconds
 
     bench/bench.json   all figures        bench/bench.png   a picture of them
 """
 
 import functools
+import itertools
 import json
 import math
 import time
@@ -26,9 +27,9 @@ from randar import (SIZES, Config, RandAR, default_steps, generation_order, load
                     step_sizes)
 from sample import decoding_precision
 from support import border
-from support.speed import (compile_layers, matrix_rate, mixed_precision, speed_up_cpu,
+from support.speed import (compile_layers, matrix_rate, mixed_precision, speed_up_cpu, sustained,
                            training_flops)
-from train import make_optimizer
+from train import RECIPE, RECIPES, make_optimizer
 
 # ------------------------------------------------------------------------------------------------
 # How it is measured, and by what
@@ -55,11 +56,12 @@ def interleaved(cases, device, seconds, what):
     return {name: median(times[1:]) for name, times in taken.items()}
 
 
-def decoding_floor(model, streams, steps, rate, speed):
+def decoding_floor(model, streams, steps, rate, speed, apart=False):
     """Seconds that decoding takes on a device that does nothing else, and does it perfectly.
 
     streams: sequences at a time, two an image with guidance; rate, speed: operations and bytes a
-    second. A step reads weights, keys, values once, and meanwhile computes.
+    second. A step reads weights, keys, values once, and meanwhile computes. apart: it computes the
+    products with weights and attention one after the other, as kernels do: a floor to be reached.
     """
     layers, d, width = model.config.n_layer, model.config.dim, model.output.weight.itemsize
     in_layers = sum(p.numel() for p in model.layers.parameters())  # one multiplication each
@@ -67,10 +69,14 @@ def decoding_floor(model, streams, steps, rate, speed):
     seconds, unread, start_pos = 0.0, 1, 0  # unread: the class at first, which the cache lacks
     for m in step_sizes(math.prod(model.config.grid), steps):
         n, end = unread + m, start_pos + unread + m  # n new tokens; the last looks at `end` of them
-        attention = layers * d * n * (start_pos + end)  # query by key and weight by value, causal
-        operations = 2 * streams * (n * in_layers + m * in_head + attention)  # 2: and an addition
-        numbers = in_layers + in_head + streams * layers * 2 * d * (end + n)  # all read, n written
-        seconds += max(operations / rate, numbers * width / speed)
+        # (multiplications of a sequence, numbers that move), of products and of attention: query by
+        # key and weight by value, causal; all keys and values are read, n written.
+        parts = [(n * in_layers + m * in_head, in_layers + in_head),
+                 (layers * d * n * (start_pos + end), streams * layers * 2 * d * (end + n))]
+        if not apart:
+            parts = [[sum(column) for column in zip(*parts)]]
+        seconds += sum(max(2 * streams * operations / rate, numbers * width / speed)  # 2: and added
+                       for operations, numbers in parts)
         start_pos, unread = start_pos + unread + 1, 2 * m - 1  # x_1 P_2 x_2 .. P_m x_m; P_1 stays
     return seconds
 
@@ -79,33 +85,55 @@ def decoding_floor(model, streams, steps, rate, speed):
 # What is measured: training and sampling
 
 
-def training_step(model, batch):
-    """A function that takes a training step, as train.py does; model: may be compiled."""
-    device, optimizer = next(model.parameters()).device, make_optimizer(model, 1e-4)
+def micro_batch_step(model, batch):
+    """A function that adds up gradients, as train.py does; model: may be compiled."""
+    device = next(model.parameters()).device
     shape = (batch, math.prod(model.config.grid))
     tokens = torch.randint(model.config.vocab_size, shape, device=device)  # [b, N]
     classes = torch.randint(model.config.num_classes, (batch,), device=device)  # [b]
 
-    def step():
+    def learn():
         with mixed_precision(device):
             _, loss = model(tokens, classes)  # a random order for each image
         loss.backward()
+
+    return learn
+
+
+def training_rows(model, batch, rate, seconds, compiled=False, accumulated=1):
+    """A row for each way to train with a micro-batch, its share of AdamW's step included.
+
+    rate: the operations a second that MFU is a share of; accumulated: micro-batches to one step of
+    AdamW; gigabytes: the most that a GPU's memory held, weights, gradients and AdamW's among it.
+    """
+    device, optimizer = next(model.parameters()).device, make_optimizer(model, 1e-4)
+    gigabytes, rows, n = {}, [], math.prod(model.config.grid)
+
+    def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step()  # the gradients stay: the next micro-batch adds to them, as most do
 
-    return step
+    def watched(way, learn):
+        """The same, and keep what it takes at most."""
+        def run():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            learn()
+            if device.type == "cuda":
+                gigabytes[way] = torch.cuda.max_memory_allocated(device) / 1e9
+        return run
 
-
-def training_rows(model, batch, rate, seconds, compiled=False):
-    """A row for each way to train; rate: the operations a second that MFU is a share of."""
-    cases = {"plain": training_step(model, batch)}
-    if compiled:
-        cases["compiled"] = training_step(torch.compile(model), batch)
-    times = interleaved(cases, model.output.weight.device, seconds, "training")
-    return [dict(training=way, tokens=math.prod(model.config.grid), batch=batch, seconds=taken,
-                 images_per_second=batch / taken, MFU=training_flops(model) * batch / taken / rate)
-            for way, taken in times.items()]
+    ways = {"plain": model} | ({"compiled": torch.compile(model)} if compiled else {})
+    cases = {way: watched(way, micro_batch_step(ways[way], batch)) for way in ways}
+    times = interleaved(cases | {"AdamW": update}, device, seconds, "training")
+    for way in ways:
+        taken = times[way] + times["AdamW"] / accumulated
+        rows.append(dict(training=way, tokens=n, batch=batch, seconds=taken, AdamW=times["AdamW"],
+                         tokens_per_second=batch * n / taken, images_per_second=batch / taken,
+                         MFU=training_flops(model) * batch / taken / rate,
+                         gigabytes=gigabytes.get(way)))
+    model.zero_grad()  # which frees them
+    return rows
 
 
 @torch.no_grad()
@@ -138,17 +166,30 @@ def decoding(model, batch, steps, cached=True):
 
 
 def sampling_rows(model, ways, rate, speed, seconds):
-    """A row for each of ways, a list of ("cached" or "uncached", images, steps)."""
-    cases = {(way, *sizes): decoding(model, *sizes, way == "cached") for way, *sizes in ways}
+    """A row for each of ways, a list of ("cached", "uncached" or "compiled", images, steps)."""
+    cases = {(way, *sizes): decoding(model, *sizes, way != "uncached") for way, *sizes in ways}
     times, rows = interleaved(cases, model.output.weight.device, seconds, "sampling"), []
     for (way, batch, steps), taken in times.items():
         if way == "uncached":
             taken *= steps / 5  # of which five were made: their cost is a smooth curve
-        floor = decoding_floor(model, 2 * batch, steps, rate, speed)
+        floor, apart = (decoding_floor(model, 2 * batch, steps, rate, speed, way)
+                        for way in (False, True))
         rows.append(dict(sampling=way, tokens=math.prod(model.config.grid), batch=batch,
                          steps=steps, seconds=taken, images_per_second=batch / taken,
-                         floor_seconds=floor, times_floor=taken / floor))
+                         floor_seconds=floor, times_floor=taken / floor, floor_apart=apart))
     return rows
+
+
+def rows_by_tokens(settings, device, batch, learning_rate, drawing_rate, speed, seconds):
+    """(training_rows, sampling_rows) of one layer, by the number of tokens; rates as there."""
+    training, sampling = [], []
+    for side in (8, 16, 24, 32):
+        model = RandAR(Config(**settings | dict(grid=(side, side), n_layer=1))).to(device)
+        training += training_rows(model, batch, learning_rate, seconds)
+        ways = [("cached", batch, default_steps(side**2))]
+        model.eval().to(decoding_precision(device))
+        sampling += sampling_rows(model, ways, drawing_rate, speed, seconds)
+    return training, sampling
 
 
 def tokens_read(model, classes, options):
@@ -233,8 +274,7 @@ def bench(args):
     # and bytes a second that it reads from its memory, of far more than its caches hold.
     learn, draws = border.fast_precision(device), decoding_precision(device)
     rates = {dtype: matrix_rate(device, dtype, 8192 if gpu else 4096) for dtype in {learn, draws}}
-    reading = interleaved({"": torch.ones(2**28, device=device).sum}, device, 5, "memory")
-    speed = 2**30 / reading[""]  # a gigabyte of float32
+    speed = 2**30 / sustained(torch.ones(2**28, device=device).sum)  # a gigabyte of float32
     name = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads"
     result = dict(machine=name, torch=torch.__version__, size=args.size, batch=batch,
                   TFLOP_per_second={str(dtype): rate / 1e12 for dtype, rate in rates.items()},
@@ -244,16 +284,28 @@ def bench(args):
     # A training step, with all that train.py does for its speed, and of its micro-batch
     if not gpu:
         speed_up_cpu()
-    model, micro = RandAR(Config(**settings)).to(device), min(batch, 64 if toy else 32)
-    compiled = border.can_compile(device)
-    result["training"] = show(training_rows(model, micro, rates[learn], args.seconds, compiled))
+    recipe = {name: value for name, (value, *_) in RECIPE.items()} | RECIPES.get(args.size, {})
+    micro = recipe["micro_batch"] if gpu else min(batch, recipe["micro_batch"])
+    model, compiled = RandAR(Config(**settings)).to(device), border.can_compile(device)
+    if not args.no_training:
+        result["training"] = show(training_rows(model, micro, rates[learn], args.seconds, compiled,
+                                                recipe["batch_size"] // micro))
+        parts = rows_by_tokens(settings, device, min(batch, 4), rates[learn], rates[draws], speed,
+                               args.seconds)
+        result |= zip(("training_by_tokens", "sampling_by_tokens"), map(show, parts))
 
     # Sampling, in one token a step, the paper's 88 steps of 256, and 48
     n = math.prod(model.config.grid)
-    ways = [(way, images, steps) for steps in (n, default_steps(n), n * 48 // 256)
-            for way, images in (("cached", batch), ("uncached", batch), ("cached", 1))]
+    steps, images = (n, default_steps(n), n * 48 // 256), (batch, 8, 1) if gpu else (batch, 1)
+    ways = [("cached", *sizes) for sizes in itertools.product(images, steps)]
+    ways += [("uncached", batch, count) for count in steps]
     model.eval().to(draws)
-    result["sampling"] = show(sampling_rows(model, ways, rates[draws], speed, args.seconds))
+    rows = sampling_rows(model, ways, rates[draws], speed, args.seconds)
+    if gpu and compiled:
+        compile_layers(model)
+        ways = [("compiled", *sizes) for way, *sizes in ways if way == "cached"]
+        rows += sampling_rows(model, ways, rates[draws], speed, args.seconds)
+    result["sampling"] = show(rows)
 
     # Exact parallel decoding, of the weights that ship
     shipped = {"toy": "randar_toy.pt", "fine": "fine/randar.pt"}.get(args.size)
@@ -263,21 +315,12 @@ def bench(args):
         rows += exact_rows(model, args.seconds, compiled=True) if compiled else []
         result["exact"] = show(rows)
 
-    # Both, of one layer, by the number of tokens
-    few, training, sampling = min(batch, 4), [], []
-    for side in (8, 16, 24, 32):
-        model = RandAR(Config(**settings | dict(grid=(side, side), n_layer=1))).to(device)
-        training += training_rows(model, few, rates[learn], args.seconds)
-        ways = [("cached", few, default_steps(side**2))]
-        model.eval().to(draws)
-        sampling += sampling_rows(model, ways, rates[draws], speed, args.seconds)
-    result |= dict(training_by_tokens=show(training), sampling_by_tokens=show(sampling))
-
     # Files
     text = json.dumps(result, indent=1)
     border.write_safely(out / "bench.json", lambda partial: partial.write_text(text))
-    draw(result, out / "bench.png")
-    print(f"wrote {out}/bench.json and {out}/bench.png")
+    if not args.no_training:  # the picture is of all of it
+        draw(result, out / "bench.png")
+    print(f"wrote the figures into {out}")
 
 
 def main():
@@ -286,6 +329,7 @@ def main():
     add("--size", default="toy", choices=SIZES, help="of the model (default: toy)")
     add("--batch-size", type=border.positive_int, help="images (default: 64; 2 of size L on a CPU)")
     add("--seconds", type=border.positive_float, default=60, help="for each part (default: 60)")
+    add("--no-training", action="store_true", help="only sampling (to compile XXL takes minutes)")
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     add("--out", default="bench", help="folder for picture and figures (default: bench)")
     args = parser.parse_args()

@@ -134,6 +134,7 @@ def join_processes(name=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL works on the current one
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # gloo: for CPUs
+    torch._dynamo.config.optimize_ddp = False  # to compile a model as one graph, not as some 50
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -147,7 +148,7 @@ def fast_precision(device):
 
 
 def can_compile(device):
-    """Whether torch.compile works here: it writes C++, on GPUs Triton, which writes C. Or says why."""
+    """Whether torch.compile works here; says what is missing. On GPUs Triton wants a C compiler."""
     if device.type != "cuda":
         missing = [] if shutil.which(os.environ.get("CXX", "g++")) else ["a C++ compiler"]
     else:

@@ -5,6 +5,7 @@ The MFU, at best 1, is training_flops of all images in a second as a share of ma
 
 import functools
 import math
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -97,12 +98,21 @@ def training_flops(model):
     return 3 * 2 * (weights + in_attention)  # 2: a multiplication and an addition
 
 
+def sustained(function):
+    """Seconds of one call, when a device has been busy for a second: it may slow down in that time.
+
+    The median of ten tenths of a second, in each of which calls follow each other without a pause.
+    """
+    timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+    calls = max(1, round(0.1 / timer.blocked_autorange().median))
+    return median(timer.timeit(calls).median for _ in range(10))
+
+
 @functools.cache
 def matrix_rate(device, dtype, side=8192):
-    """Operations a second in large matrix products, a median: what this device could do at best."""
+    """Operations a second in large matrix products: what this device could do at best."""
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    return 2 * side**3 / timer.blocked_autorange().median
+    return 2 * side**3 / sustained(lambda: a @ b)
 
 
 def throughput(model, images_per_second):

@@ -59,6 +59,20 @@ def test_the_floor_reads_all_once_a_step_and_writes_new_keys_and_values(model, b
     assert floor == 4 * numbers  # bytes of float32
 
 
+@STEPS
+def test_products_and_attention_one_after_the_other_take_longer_and_twice_as_long_at_most(model, steps):
+    for streams in (1, 64):
+        floor, apart = (bench.decoding_floor(model, streams, steps, 1e12, 1e11, way) for way in (False, True))
+        assert floor <= apart <= 2 * floor
+    assert floor < apart  # attention reads a cache for each sequence, products their weights once for all
+
+
+def test_a_training_step_costs_its_share_of_the_optimizer(model, monkeypatch):
+    monkeypatch.setattr(bench, "interleaved", lambda cases, *_: {name: 1.0 for name in cases})
+    rows = bench.training_rows(model, 2, rate=1e12, seconds=0, accumulated=4)
+    assert [row["seconds"] for row in rows] == [1.25]
+
+
 def test_cases_run_in_turn_until_the_time_is_up_and_the_first_round_does_not_count(monkeypatch):
     calls, clock = [], [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])

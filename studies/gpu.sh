@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# What a GPU takes, in ten minutes at most: bash studies/gpu.sh. Into the folder gpu/: what was said,
+# and the figures. What was expected: docs/imagenet.md, "Predictions".
+set -u
+cd "$(dirname "$0")/.."
+export TQDM_DISABLE=1
+mkdir -p gpu
+nvidia-smi > gpu/card.txt || exit
+
+# Training at size L, its micro-batch, plain and compiled: tokens a second, MFU, memory. Sampling in
+# 256, 88 and 48 steps at batch 64, 8, 1, eager and compiled, and the floors.
+timeout 270 python -m studies.bench --size L --seconds 10 --device cuda --out gpu/L 2>&1 | tee gpu/L.txt
+
+# RAR-B with the cache: seconds of a batch, one token a step, eager and then compiled
+timeout 90 python - 2>&1 << 'END' | tee gpu/rar_B.txt
+import torch
+from rar import RAR, RARConfig
+from studies.bench import decoding, interleaved
+from support.speed import compile_layers
+
+model = RAR(RARConfig()).to("cuda", torch.bfloat16).eval()
+cases = {f"{batch} images": decoding(model, batch, steps=-1) for batch in (64, 8, 1)}
+print("eager", interleaved(cases, torch.device("cuda"), 10, "RAR-B"))
+compile_layers(model)
+print("compiled", interleaved(cases, torch.device("cuda"), 10, "RAR-B"))
+END
+
+# Sampling at size XXL
+timeout 230 python -m studies.bench --size XXL --no-training --seconds 20 --device cuda --out gpu/XXL \
+    2>&1 | tee gpu/XXL.txt
