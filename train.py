@@ -313,8 +313,8 @@ def open_run(args, rank, processes, device):
     tokens = open_tokens(args, rank, processes, device)
     path = released.file_of(args.tokenizer or tokens.tokenizer)
     tokenizer = load_tokenizer(path, device)
-    facts = data.facts_of(tokenizer, path)
-    same = tokens.fingerprint in (None, facts["fingerprint"])  # others have as many codes, too
+    facts = data.facts_of(tokenizer, path)  # codes, and a fingerprint: others have as many codes
+    same = tokens.fingerprint in (None, facts["fingerprint"])
     if facts["codes"] != tokens.codebook_size or not same:
         raise UserError(f"{path} did not make the tokens: give --tokenizer the one that did")
     copied = pathlib.Path(args.out, "tokenizer.pt")
@@ -323,8 +323,7 @@ def open_run(args, rank, processes, device):
 
     # A model that knows nothing yet
     torch.manual_seed(args.seed)
-    kind = "rar" if args.model == "rar" else args.position
-    model_class, config_class = KINDS[kind]
+    model_class, config_class = KINDS[kind := "rar" if args.model == "rar" else args.position]
     dropouts = dict(token_dropout=args.token_dropout, dropout=args.dropout,
                     class_dropout=args.class_dropout)
     config = config_class(tokens.grid, tokens.codebook_size, len(tokens.class_names),
@@ -354,8 +353,8 @@ def open_run(args, rank, processes, device):
     if state["step"] >= args.steps:
         raise UserError(f"{args.out} holds {state['step']} steps already: ask for more --steps")
 
-    if rank == 0 and not copy.is_file():
-        border.write_safely(copy, lambda partial: shutil.copy(path, partial))
+    if rank == 0 and not copied.is_file():
+        border.write_safely(copied, lambda partial: shutil.copy(path, partial))
     parameters = sum(p.numel() for p in model.parameters())
     border.say(f"{parameters / 1e6:.1f}M parameters, {len(tokens):,} images; pictures will be in "
                f"{args.out}; the first step may take a minute")

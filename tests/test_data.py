@@ -266,7 +266,7 @@ def test_other_settings_do_not_destroy_what_was_begun(here, run, stop_after, cap
     with pytest.raises(SystemExit, match="2"):
         run(f"{ENCODE} --out tokens {change if change[0] == '-' else ''}")
     said = capsys.readouterr().err
-    assert "\nerror: tokens was begun with other settings or other files, see its meta" in said
+    assert "\nerror: tokens was begun with other settings or files, see its meta" in said
     assert files_of(here / "tokens") == before
 
 
