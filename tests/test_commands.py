@@ -43,7 +43,7 @@ def test_the_page_to_step_through_is_its_template_with_data_and_nothing_from_els
     before, after = (ROOT / "docs" / "step_template.html").read_text().split("{{DATA}}")
     assert page.startswith(before) and page.endswith(after)
     assert len(page) < 2e6 and page.count("\n") <= 600 and not re.search(r"https?:|@import|<link|src=", page)
-    for run in json.loads(page[len(before) : -len(after)])["runs"]:  # the picture's tokens are patches 0 .. 63
+    for run in json.loads(page[len(before) : -len(after)])["runs"]:  # its own tokens are patches 0 .. 63
         decided = [patch for step in run["steps"] for patch in step["drawn"][: step["decides"]]]
         assert decided == list(range(64)) and sorted(run["turns"]) == decided
 
