@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from randar import generation_order, grid_angles, rotary_angles
-from sample import (SHOWN, add_decoding_flags, add_model_flags, decoding_options,
-                    decoding_precision, load_models, say_verdict)
+from sample import (SHOWN, add_decoding_flags, add_model_flags, decoding_options, load_models,
+                    say_verdict)
 from support import border, checks, pictures, toy
-from support.border import UserError
+from support.border import UserError, decoding_precision
 from support.classes import names_of_classes, parse_classes
 
 # ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from randar import ORDERS, load_randar
 from support import border, judge, pictures, released, toy
-from support.border import UserError
+from support.border import UserError, decoding_precision
 from support.classes import names_of_classes, parse_classes, spread_classes
 from support.speed import compile_layers
 from tokenizer import load_tokenizer
@@ -48,11 +48,6 @@ def load_models(ckpt, tokenizer=None, device="cpu"):
     if tokenizer.config.codebook_size != model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.config.codebook_size} codes: {remedy}")
     return model, tokenizer
-
-
-def decoding_precision(device):
-    """bfloat16 on a GPU: half the bytes to read. Elsewhere float32, the same on all machines."""
-    return border.fast_precision(device) if device.type == "cuda" else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from randar import ORDERS, SIZES, generation_order, save_randar
 from rar import KINDS, RAR_SIZES, randomness
-from sample import decoding_precision
 from support import border, classes, data, pictures, released, toy
-from support.border import UserError, fraction, positive_float, positive_int
+from support.border import (UserError, decoding_precision, fraction, positive_float,
+                            positive_int)
 from support.speed import checkpoint_activations, mixed_precision, speed_up_cpu, throughput
 from tokenizer import load_tokenizer
 

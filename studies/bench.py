@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from randar import (SIZES, Config, RandAR, default_steps, generation_order, load_randar,
                     step_sizes)
-from sample import decoding_precision
 from support import border
+from support.border import decoding_precision
 from support.speed import (compile_layers, matrix_rate, mixed_precision, speed_up_cpu, sustained,
                            training_flops)
 from train import RECIPE, RECIPES, make_optimizer
