@@ -139,7 +139,9 @@ class RARConfig(Config):
 
 
 RAR_SIZES = {
-    "toy": dict(dim=128, n_layer=4, n_head=4, mlp=512, dropout=0.0),  # ours, beside RandAR's toy
+    "tiny": dict(dim=64, n_layer=4, n_head=2, mlp=256, dropout=0.0),  # ours, 0.5M
+    "toy": dict(dim=128, n_layer=4, n_head=4, mlp=512, dropout=0.0),  # ours, 1.7M
+    "S": dict(dim=768, n_layer=12, n_head=16, mlp=3072),  # 133M
     "B": dict(dim=768, n_layer=24, n_head=16, mlp=3072),  # 261M
     "L": dict(dim=1024, n_layer=24, n_head=16, mlp=4096),  # 461M
     "XL": dict(dim=1280, n_layer=32, n_head=16, mlp=5120),  # 955M

@@ -15,6 +15,7 @@ import support  # first: Ctrl-C while torch is imported is no traceback
 import copy
 import filecmp
 import json
+import math
 import pathlib
 import shutil
 import time
@@ -39,6 +40,7 @@ from tokenizer import load_tokenizer
 #
 # The numbers are the paper's (Sec. 4.1), but gradient clipping and dropout in layers: these are the
 # released code's. Small models take larger steps, and in the plain world need not forget anything.
+# The authors' released weights come from another schedule: warm-up, and a cosine.
 
 RECIPE = {  # flag: (default, type, text)
     "steps": (360_000, positive_int, "training steps"),
@@ -46,8 +48,10 @@ RECIPE = {  # flag: (default, type, text)
     "micro_batch": (32, positive_int, "of these at a time, as many as fit into the memory"),
     "learning_rate": (4e-4, positive_float, "at its peak"),
     "min_lr": (1e-5, fraction, "the learning rate in the end"),
+    "warm_up": (0.0, fraction, "share of the steps in which it rises"),
     "descent": (1 / 6, fraction, "share of the steps in which it falls"),
     "weight_decay": (0.05, fraction, "of matrices"),
+    "beta2": (0.95, fraction, "AdamW's memory of squared gradients"),
     "grad_clip": (1.0, positive_float, "largest norm of the gradient"),
     "token_dropout": (0.1, fraction, "of token embeddings"),
     "dropout": (0.1, fraction, "of layers' outputs"),
@@ -65,25 +69,36 @@ RECIPES = TOY_SIZES | {  # of a size, instead of the paper's
     "M": NIGHT | {"steps": 60_000, "micro_batch": 64, "learning_rate": 6e-4},
     "XXL": {"micro_batch": 16},  # 32 would just not fit into 80 GB
 }
+RAR_RECIPE = {  # of RAR's own sizes: its Table 6
+    "steps": 250_000, "batch_size": 2048, "micro_batch": 32, "learning_rate": 4e-4, "warm_up": 1 / 4,
+    "descent": 3 / 4, "schedule": "cosine", "weight_decay": 0.03, "beta2": 0.96}
 SIZES_OF = {"randar": SIZES, "rar": RAR_SIZES}
 PARTS = ("config", "model", "optimizer")  # what training.pt must have
 DRAWN = {"plain": 40_000, "fine": 100_000}  # pictures of each of toy.WORLDS
 
 
-def learning_rate(step, steps, peak, last=1e-5, descent=1 / 6):
-    """Constant for the first 5/6 of the steps, then linear to `last`."""
+def learning_rate(step, steps, peak, last=1e-5, descent=1 / 6, warm_up=0.0, cosine=False):
+    """Constant for the first 5/6 of the steps, then linear to `last`.
+
+    RAR: it rises in the first quarter (warm_up), and falls along a cosine in the other three.
+    """
+    if step < steps * warm_up:
+        return peak * (step + 1) / (steps * warm_up + 1)
     if step < steps * (1 - descent):
         return peak
-    return last + (peak - last) * (steps - step) / (steps * descent)
+    left = (steps - step) / (steps * descent)  # from 1 down to 0
+    if cosine:
+        left = (1 - math.cos(math.pi * left)) / 2
+    return last + (peak - last) * left
 
 
-def make_optimizer(model, peak, weight_decay=0.05):
+def make_optimizer(model, peak, weight_decay=0.05, beta2=0.95):
     """AdamW; weight decay on matrices only: to pull a norm's scale towards zero would do harm."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, beta2), fused=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -165,7 +180,8 @@ def train(args):
     for step in bar:
         started = time.perf_counter()
         batch = [x.to(device) for x in training_batch(tokens, step, args, part)]  # [share, ...]
-        lr = learning_rate(step, args.steps, args.learning_rate, args.min_lr, args.descent)
+        lr = learning_rate(step, args.steps, args.learning_rate, args.min_lr, args.descent,
+                           args.warm_up, args.schedule == "cosine")
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -334,7 +350,7 @@ def open_run(args, rank, processes, device):
         checkpoint_activations(model)
     if device.type == "cpu":
         speed_up_cpu()
-    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, args.beta2)
 
     # What it has learnt before. All that is compared decides what a training is; files of earlier
     # versions lack some of it.
@@ -385,6 +401,8 @@ def main():
     for name, (value, number, text) in RECIPE.items():
         add("--" + name.replace("_", "-"), type=number, default=value,
             help=f"{text} (default: {value:g}; toy: {TOY.get(name, value):g})")
+    add("--schedule", default="linear", choices=("linear", "cosine"),
+        help="how the learning rate falls (default: linear; RAR's: cosine)")
     add("--checkpoint-activations", action="store_true", help="compute layers twice: less memory")
     add("--report", type=positive_int, default=20, help="steps to a line of the log (default: 20)")
     add("--seed", type=border.seed, default=0, help="(default: 0)")
@@ -397,6 +415,7 @@ def main():
         parser.set_defaults(**RECIPES.get(args.size, {}))
         if args.model == "rar":
             parser.set_defaults(anneal=[0.5, 0.75])  # the last quarter is in raster order
+            parser.set_defaults(**{} if args.size in TOY_SIZES else RAR_RECIPE)
         if args.resume:
             settings = border.load(path, parts=PARTS).get("settings", {})
             older = {"clip": "grad_clip", "last_learning_rate": "min_lr"}  # names in first files

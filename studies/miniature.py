@@ -46,7 +46,7 @@ PARALLEL, ALL = 22, 64  # decoding steps: 88 of 256 as a share of 64, and one to
 # Figure 4a wants the same training after fewer steps. The learning rate is constant up to the last
 # sixth: a training to 600 steps without a descent is the beginning of that to 5,400.
 
-STEPS, FINE_STEPS = 5400, 3500
+STEPS, FINE_STEPS, ANNEALED_STEPS = 5400, 3500, 2400
 TRAININGS = {  # name: flags of train.py, and the steps at which weights are kept
     "toy": ("", (600, 1800, STEPS)),
     "tiny": ("--size tiny", (600, 1800, STEPS)),
@@ -56,6 +56,18 @@ TRAININGS = {  # name: flags of train.py, and the steps at which weights are kep
     "merge": ("--position merge", (STEPS,)),
     "fine": ("--size fine --data fine", (FINE_STEPS,)),
 }
+# RAR's Table 2: when randomness is annealed, as shares of the training; its Table 3: to which order.
+# Small models of few steps: good ones are all alike here, as good as fresh pictures.
+ANNEALINGS = {f"annealed_{start:g}_{end:g}": (start, end) for start, end in (
+    (0, 0), (0.25, 0.25), (0.25, 0.5), (0.5, 0.5), (0.5, 0.75), (0.5, 1), (0.75, 1), (1, 1))}
+DEFAULT = "annealed_0.5_0.75"  # the paper's choice; it ends in raster order
+ENDS = {f"{DEFAULT}_{order}": order
+        for order in ("spiral_in", "spiral_out", "z_curve", "subsample", "alternate")}
+SMALL_RAR = "--model rar --size tiny --batch-size 32 --report 40"
+TRAININGS |= {name: (f"{SMALL_RAR} --anneal {start} {end}", (ANNEALED_STEPS,))
+              for name, (start, end) in ANNEALINGS.items()}
+TRAININGS |= {name: (f"{SMALL_RAR} --anneal 0.5 0.75 --order {order}", (ANNEALED_STEPS,))
+              for name, order in ENDS.items()}
 SHIPPED = {("toy", STEPS): "randar_toy.pt", ("raster", STEPS): "randar_toy_raster.pt",
            ("fine", FINE_STEPS): "fine/randar.pt"}  # these are not kept twice
 
@@ -81,17 +93,24 @@ def train(out):
     for name, steps in missing:
         # Go on from where it is. train.py refuses if that is too far: then remove the folder.
         folder = out.resolve() / name
-        descent = 1 / 6 if steps in (STEPS, FINE_STEPS) else 0  # of the learning rate, see above
-        line = f"train.py {TRAININGS[name][0]} --steps {steps} --descent {descent}".split()
+        flags, kept = TRAININGS[name]
+        descent = 1 / 6 if steps == kept[-1] else 0  # of the learning rate, see above
+        line = f"train.py {flags} --steps {steps} --descent {descent}".split()
         line += ["--resume"] if (folder / "training.pt").is_file() else []
+        tokens = [path.parent for path in out.resolve().glob("*/tokens/labels.npy")
+                  if (path.parts[-3] == "fine") == (name == "fine")]
+        line += ["--data", str(tokens[0])] if tokens else []  # a world is encoded once
         command = [sys.executable, *line, "--out", str(folder)]
         code = subprocess.run(command, cwd=HERE.parent).returncode
         if code:
             sys.exit(code)  # it has said why
 
         # Keep what comes out: the next one goes on from there.
-        result = folder / ("rar.pt" if name == "rar" else "randar.pt")
+        result = folder / ("rar.pt" if "--model rar" in flags else "randar.pt")
         border.write_safely(weights(name, steps), lambda partial: shutil.copy(result, partial))
+        if name in ANNEALINGS:  # RAR's Fig. 4a
+            border.write_safely(RESULTS / f"{name}.jsonl",
+                                lambda partial: shutil.copy(folder / "log.jsonl", partial))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -52,6 +52,16 @@ def test_the_learning_rate_is_constant_for_five_sixths_and_then_falls_linearly()
     assert math.isclose(train.learning_rate(600, 600, peak=4e-4), 1e-5)
 
 
+def test_rars_learning_rate_rises_for_a_quarter_and_falls_along_a_cosine():
+    rates = [train.learning_rate(step, 400, 4e-4, 1e-5, 3 / 4, 1 / 4, cosine=True)
+             for step in range(401)]
+    rises, falls = ([b - a for a, b in zip(part, part[1:])] for part in (rates[:101], rates[100:]))
+    assert 0 < rates[0] < 4e-6 + 1e-9 and rates[100] == 4e-4 and math.isclose(rates[400], 1e-5)
+    assert all(math.isclose(rise, 4e-4 / 101, rel_tol=1e-6) for rise in rises)
+    assert max(falls) < 0 and min(falls) == min(falls[149:151])  # steepest in the middle
+    assert math.isclose(rates[250], (4e-4 + 1e-5) / 2)
+
+
 def test_weight_decay_is_for_matrices_only(model):
     decayed, kept = train.make_optimizer(model, 1e-3).param_groups
     assert decayed["weight_decay"] == 0.05 and kept["weight_decay"] == 0
@@ -67,7 +77,10 @@ def test_weight_decay_is_for_matrices_only(model):
         descent=1 / 6, weight_decay=0.05, grad_clip=1.0, dropout=0.1, token_dropout=0.1,
         class_dropout=0.1, order="random", anneal=None, checkpoint_activations=False)),
     ("--size S --data tokens", dict(steps=200_000, batch_size=256, dropout=0.1, token_dropout=0.1)),
-    ("--model rar --size B --data tokens", dict(steps=360_000, order="raster", anneal=[0.5, 0.75])),
+    ("--model rar --size B --data tokens", dict(
+        steps=250_000, batch_size=2048, learning_rate=4e-4, warm_up=0.25, descent=0.75, beta2=0.96,
+        schedule="cosine", weight_decay=0.03, order="raster", anneal=[0.5, 0.75])),
+    ("--model rar", dict(steps=1200, batch_size=64, schedule="linear", warm_up=0, beta2=0.95)),
     ("--anneal 0 1 --order spiral-in", dict(order="spiral_in", anneal=[0, 1])),
     ("--size XXL --data tokens --dropout 0", dict(
         steps=360_000, batch_size=1024, micro_batch=16, dropout=0.0)),
