@@ -8,6 +8,7 @@ weights: on a GPU, or in some ten minutes on a CPU, two images at a time.
     training_rows               a training step, plain and compiled
     sampling_rows               a batch of images, with the cache and without, in many steps and few
     exact_rows                  exact parallel decoding beside these: steps, tokens, seconds
+    rar_rows                    --rar B: the throughput of RAR instead, as in its Table 5
 
     bench/bench.json   all figures        bench/bench.png   a picture of them
 """
@@ -25,11 +26,13 @@ from tqdm import tqdm
 
 from randar import (SIZES, Config, RandAR, default_steps, generation_order, load_randar,
                     step_sizes)
+from rar import RAR, RAR_SIZES, RARConfig
 from support import border
 from support.border import decoding_precision
 from support.speed import (compile_layers, matrix_rate, mixed_precision, speed_up_cpu, sustained,
                            training_flops)
-from train import RECIPE, RECIPES, make_optimizer
+from tokenizer import MASKGIT_VQ16, Tokenizer, TokenizerConfig
+from train import RECIPE, RECIPES, TOY_SIZES, make_optimizer
 
 # ------------------------------------------------------------------------------------------------
 # How it is measured, and by what
@@ -226,6 +229,25 @@ def exact_rows(model, seconds, compiled=False):
     return rows
 
 
+def rar_rows(size, batch, device, seconds, compiled=False):
+    """RAR's Table 5: images a second, one token a step with the cache, and the same to pixels.
+
+    Weights are made up. The paper: batch 128, float32, one A100, pixels included.
+    """
+    small = size in TOY_SIZES
+    shape = dict(grid=(8, 8), vocab_size=512, num_classes=10) if small else {}
+    model = RAR(RARConfig(**RAR_SIZES[size] | shape)).to(device, decoding_precision(device)).eval()
+    tokenizer = Tokenizer(TokenizerConfig() if small else MASKGIT_VQ16).to(device).eval()
+    if compiled:
+        compile_layers(model)
+
+    draw_tokens = decoding(model, batch, steps=-1)  # with guidance
+    cases = {"tokens": draw_tokens, "pixels": lambda: tokenizer.decode(draw_tokens())}
+    times = interleaved(cases, device, seconds, f"RAR-{size}")
+    return [dict(RAR=size, compiled=compiled, batch=batch, to=name, seconds=taken,
+                 images_per_second=batch / taken) for name, taken in times.items()]
+
+
 # ------------------------------------------------------------------------------------------------
 # What people look at, and the command
 
@@ -327,6 +349,7 @@ def main():
     parser = border.command_line(__doc__)
     add = parser.add_argument
     add("--size", default="toy", choices=SIZES, help="of the model (default: toy)")
+    add("--rar", choices=RAR_SIZES, metavar="SIZE", help="the throughput of RAR instead")
     add("--batch-size", type=border.positive_int, help="images (default: 64; 2 of size L on a CPU)")
     add("--seconds", type=border.positive_float, default=60, help="for each part (default: 60)")
     add("--no-training", action="store_true", help="only sampling (to compile XXL takes minutes)")
@@ -334,7 +357,12 @@ def main():
     add("--out", default="bench", help="folder for picture and figures (default: bench)")
     args = parser.parse_args()
     with border.one_line_errors():
-        bench(args)
+        if args.rar:
+            device = border.pick_device(args.device)
+            for compiled in (False, True)[: 1 + (device.type == "cuda")]:
+                show(rar_rows(args.rar, args.batch_size or 64, device, args.seconds, compiled))
+        else:
+            bench(args)
 
 
 if __name__ == "__main__":

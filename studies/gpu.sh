@@ -11,19 +11,8 @@ nvidia-smi > gpu/card.txt || exit
 # 256, 88 and 48 steps at batch 64, 8, 1, eager and compiled, and the floors.
 timeout 270 python -m studies.bench --size L --seconds 10 --device cuda --out gpu/L 2>&1 | tee gpu/L.txt
 
-# RAR-B with the cache: seconds of a batch, one token a step, eager and then compiled
-timeout 90 python - 2>&1 << 'END' | tee gpu/rar_B.txt
-import torch
-from rar import RAR, RARConfig
-from studies.bench import decoding, interleaved
-from support.speed import compile_layers
-
-model = RAR(RARConfig()).to("cuda", torch.bfloat16).eval()
-cases = {f"{batch} images": decoding(model, batch, steps=-1) for batch in (64, 8, 1)}
-print("eager", interleaved(cases, torch.device("cuda"), 10, "RAR-B"))
-compile_layers(model)
-print("compiled", interleaved(cases, torch.device("cuda"), 10, "RAR-B"))
-END
+# RAR-B with the cache, tokens alone and to pixels, eager and compiled
+timeout 90 python -m studies.bench --rar B --batch-size 128 --seconds 10 --device cuda 2>&1 | tee gpu/rar_B.txt
 
 # Sampling at size XXL
 timeout 230 python -m studies.bench --size XXL --no-training --seconds 20 --device cuda --out gpu/XXL \

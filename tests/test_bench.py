@@ -98,6 +98,14 @@ def test_exact_decoding_is_counted_and_timed_beside_the_paper_s(model):
     assert exact["steps"] < N and exact["tokens_read"] > 2 * N  # fewer steps, more tokens
 
 
+def test_rar_is_timed_to_tokens_and_to_pixels(run, capsys):
+    run("studies/bench.py --rar tiny --batch-size 2 --seconds 0.001 --device cpu")
+    header, tokens, pixels = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert header[-2:] == ["seconds", "images_per_second"] and (tokens[3], pixels[3]) == ("tokens", "pixels")
+    for line in (tokens, pixels):
+        assert float(line[-1]) == pytest.approx(2 / float(line[-2]), rel=0.01)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_writes_every_figure_and_a_picture(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.SIZES, "toy", dict(dim=32, n_layer=1, n_head=2, dropout=0.0))
