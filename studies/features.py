@@ -6,7 +6,7 @@ layer, and some of them drawn. The features themselves are in apps.py.
 
     correct, pck, linear_probe      is the same part found? can a linear function tell the class?
     toy_pairs, spair_pair           pictures whose corresponding points are known
-    match_pairs, table_by_layer     what is measured
+    match_pairs, table_by_layer, encoder_pck      what is measured
     draw_pairs, draw_tables         what people look at
 """
 
@@ -47,9 +47,10 @@ def pck(right):
 
 
 def linear_probe(features, classes, test_features, test_classes):
-    """Learn to tell the class by a linear function of features: share of the test right (top-1).
+    """Learn to tell the class by a linear function of features: shares of the test right.
 
     features: float [n, d], one vector a picture (the mean of its N features); classes: int64 [n].
+    Returns (top-1, top-5): the class is the likeliest one, is among the five likeliest.
     """
     mean, std = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)  # [d] each
     features, test_features = (features - mean) / std, (test_features - mean) / std
@@ -66,7 +67,9 @@ def linear_probe(features, classes, test_features, test_classes):
         return value
 
     optimizer.step(loss)
-    return (linear(test_features).argmax(dim=1) == test_classes).float().mean().item()
+    ranked = linear(test_features).argsort(descending=True)  # classes, the likeliest first: [n, C]
+    right = ranked == test_classes[:, None]
+    return tuple(right[:, :k].any(dim=1).float().mean().item() for k in (1, 5))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -139,10 +142,10 @@ def match_pairs(model, tokenizer, pairs, number, layers, order, generator):
 
 
 def table_by_layer(model, tokenizer, number, seed, order=None):
-    """What features are good for, on its toy world, [n_layer, 2, 3]: of each layer in rounds 1, 2.
+    """What features are good for, on its toy world, [n_layer, 2, 4]: of each layer in rounds 1, 2.
 
-    The three: PCK at 0.1, mean over `number` pairs; the same over all points; the top-1 of a linear
-    probe that learns from 2 * number pictures and is tested on 4 * number others. Shares, 0 to 1.
+    The four: PCK at 0.1, mean over `number` pairs; the same over all points; top-1 and top-5 of a
+    linear probe that learns from 2 * number pictures and is tested on 4 * number others. 0 to 1.
     """
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     layers, world = range(1, model.config.n_layer + 1), toy.world_of(model, tokenizer) or "plain"
@@ -158,12 +161,28 @@ def table_by_layer(model, tokenizer, number, seed, order=None):
         pooled.append(torch.stack([states.mean(dim=2).cpu() for states in features]))  # over N
     pooled = torch.cat(pooled, dim=1)  # [n_layer, 6 * number, rounds, d]
 
-    table, learn = torch.empty(len(layers), 2, 3), 2 * number  # the first ones are learnt from
+    table, learn = torch.empty(len(layers), 2, 4), 2 * number  # the first ones are learnt from
     for layer, r in right:
         x = pooled[layer - 1, :, r - 1]  # [6 * number, d]
-        top_1 = linear_probe(x[:learn], classes[:learn], x[learn:], classes[learn:])
-        table[layer - 1, r - 1] = torch.tensor([*pck(right[layer, r]), top_1])
+        probe = linear_probe(x[:learn], classes[:learn], x[learn:], classes[learn:])
+        table[layer - 1, r - 1] = torch.tensor([*pck(right[layer, r]), *probe])
     return table
+
+
+@torch.no_grad()
+def encoder_pck(tokenizer, pairs):
+    """PCK of what the tokenizer's encoder sees, without a generator (Table C's last row): as pck.
+
+    pairs: Pairs of pictures of one size, a multiple of the tokenizer's f.
+    """
+    right, device = [], next(tokenizer.parameters()).device
+    for pair in pairs:
+        seen = tokenizer.encoder(torch.stack([pair.source, pair.target]).to(device))
+        source, target = seen.permute(0, 2, 3, 1)  # [h, w, latent_channels] each
+        size = pair.source.shape[1:]
+        points = nearest_points(source, target, pair.source_points, size, size).cpu()  # [k, 2]
+        right.append(correct(points, pair.target_points, pair.side))
+    return pck(right)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -232,13 +251,13 @@ def match(model, tokenizer, args):
 
 def compare(models, args):
     """PCK and linear probe by layer and round, of each checkpoint: tables, and a picture."""
-    tables = []  # (name, [n_layer, 2, 3]) of each
+    tables = []  # (name, [n_layer, 2, 4]) of each
     for path, (model, tokenizer) in zip(args.ckpt, models):
         name = f"{pathlib.Path(path).name}, {args.order or model.order} order"
         table = table_by_layer(model, tokenizer, args.number, args.seed, args.order)
         tables.append((name, table))
-        print(f"{name}, in %: PCK at 0.1 per image, per point, linear probe; in rounds 1 and 2")
-        for layer, rounds in enumerate(100 * table, start=1):  # [2, 3]
+        print(f"{name}, in %, rounds 1 and 2: PCK at 0.1 per image, per point; probe's top-1, top-5")
+        for layer, rounds in enumerate(100 * table, start=1):  # [2, 4]
             print(f"layer {layer:2}", *(f"{a:8.1f}{b:8.1f}" for a, b in rounds.T))
     draw_tables(tables, args.out)
 

@@ -29,7 +29,7 @@ from randar import ORDERS
 from sample import load_models
 from studies import bench
 from studies.evaluate import evaluate
-from studies.features import table_by_layer
+from studies.features import encoder_pck, table_by_layer, toy_pairs
 from support import border, pictures, toy
 from support.judge import JUDGE_SEED
 
@@ -38,6 +38,7 @@ WEIGHTS, RESULTS = border.CHECKPOINTS / "miniature", HERE / "miniature"
 SAMPLES, SEEDS, BATCH = 2000, (0, 1, 2), 250  # BATCH: drawn at a time
 ENLARGED = 200
 FIGURES = ("accuracy", "FID", "sFID", "IS", "precision", "recall")
+FIXED = ("raster", "subsample", "spiral_in", "spiral_out", "z_curve", "alternate")  # of ORDERS
 PARALLEL, ALL = 22, 64  # decoding steps: 88 of 256 as a share of 64, and one token a step
 
 # ------------------------------------------------------------------------------------------------
@@ -142,8 +143,10 @@ RUNS = {  # file: the runs that a table or figure of the paper compares
     # Table 2: merged ones can only be decoded one token a step
     "positions": [run_of(model, ALL, cfg=cfg)
                   for model in ("toy", "dense", "merge") for cfg in (1.0, 1.5, 2.5)],
-    # Table 3: the paper's ten, whatever a reader has added
+    "positions_parallel": [run_of(model) for model in ("toy", "dense")],
+    # Table 3: the paper's ten, whatever a reader has added; there, fixed ones go one token a step
     "orders": [run_of("toy", order=order) for order in ORDERS[:10]],
+    "fixed_orders": [run_of("toy", ALL, order) for order in FIXED],
     # Figure 4b; do orders of tokens that lie far apart allow fewer steps?
     "steps": [run_of(model, steps, order) for model, order in (
         ("toy", "random"), ("toy", "hierarchical"), ("raster", "raster"))
@@ -164,8 +167,15 @@ RUNS = {  # file: the runs that a table or figure of the paper compares
     "frequencies": [WHOLE | dict(frequencies=k, scg=1.0) for k in (0, 1, 2, 3, 4, 8, 16)],
     "enlarged_scg": [WHOLE | dict(scg=scg) for scg in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)],
     "threefold": [WHOLE | parts | dict(factor=3) for parts in PARTS.values()],
-    # Tables 5 and C: PCK and probe by layer and round
+    # RAR's Table 2: when randomness is annealed, the random-only model in raster order as well; its
+    # Table 3: the order in which training ends
+    "annealing": [run_of(name, ALL, order, 1.0, trained=ANNEALED_STEPS) for name, order in (
+        *((name, "raster") for name in ANNEALINGS), ("annealed_1_1", "random"))],
+    "ends": [run_of(name, ALL, order, 1.0, trained=ANNEALED_STEPS) for name, order in (
+        (DEFAULT, "raster"), *ENDS.items())],
+    # Tables 5 and C: PCK and probe by layer and round; PCK of the tokenizer's encoder
     "features": [dict(model="toy"), dict(model="raster")],
+    "encoder": [dict(model="toy")],
 }
 
 
@@ -206,6 +216,13 @@ def features(run, seed, device):
     return table_by_layer(model, tokenizer, 200, seed).tolist()
 
 
+def encoder(run, seed, device):
+    """PCK of the encoder of a model's tokenizer, as a dict."""
+    _, tokenizer, world = load(run["model"], STEPS, device)
+    by_image, by_point = encoder_pck(tokenizer, toy_pairs(200, seed, world))
+    return dict(PCK=by_image, by_point=by_point)
+
+
 def latency(device, seconds=20):
     """Table 4: seconds for one image and for 64 with guidance, by the number of steps: rows."""
     model, _, _ = load("toy", STEPS, device)
@@ -228,7 +245,7 @@ def read(name):
 
 def measure(name, device):
     """Measure what is missing of the file called `name`; saves after each run and seed."""
-    function = features if name == "features" else figures
+    function = {"features": features, "encoder": encoder}.get(name, figures)
     rows = read(name)  # those that nobody asks for any more stay
     rows += [dict(run=run, results=[]) for run in RUNS[name] if not pick(rows, **run)]
     missing = [(row, seed) for seed in SEEDS for row in rows if seed >= len(row["results"])]
