@@ -362,6 +362,8 @@ def train_tokenizer(tokenizer, images, validation, steps, out, batch_size=64, st
         if step % 250 == 0 or step == steps or stop:
             tokens = tokenizer.encode(validation)  # [m, N]
             quality = psnr(validation, tokenizer.decode(tokens)).mean()
+            if not quality.isfinite():  # what was saved last was good: it stays
+                raise UserError("the training diverged: give another --seed")
             bar.set_postfix_str(f"PSNR {quality:.2f} dB, {len(tokens.unique())} codes in use")
             save_tokenizer(tokenizer, out)
         if stop:

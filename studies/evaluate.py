@@ -11,6 +11,7 @@ samples and at real pictures, and what it sees in them, its *features*, is compa
 
 import functools
 import json
+import pathlib
 from collections import namedtuple
 
 import numpy as np
@@ -184,6 +185,8 @@ def features_of(pixels, extractor):
 
 def read_npz(path):
     """The arrays of a file in ADM's format: a dict, with pixels uint8 [n, H, W, 3] as arr_0."""
+    if not pathlib.Path(path).is_file():  # a pipe would be waited for, for ever
+        raise UserError(f"{path} is no file: give an .npz with pictures in arr_0")
     try:
         with np.load(path) as file:
             arrays = dict(file)  # 50,000 pictures of 256 x 256 are 10 GB
@@ -194,6 +197,15 @@ def read_npz(path):
         raise UserError(f"arr_0 of {path} is {pixels.dtype} {list(pixels.shape)}, not uint8 "
                         "[n, H, W, 3]")
     return arrays
+
+
+def statistics_of(arrays, names, path):
+    """[mean [d], covariance [d, d]] of an .npz's arrays; UserError where they are something else."""
+    mean, covariance = (np.asarray(arrays.get(name)) for name in names)
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape or covariance.dtype.kind != "f":
+        raise UserError(f"{names[0]}, {names[1]} of {path} are {list(mean.shape)} and "
+                        f"{list(covariance.shape)}, not numbers [d] and [d, d]")
+    return [torch.from_numpy(mean), torch.from_numpy(covariance)]
 
 
 def main():
@@ -221,7 +233,7 @@ def main():
             extractor = functools.partial(inception_features, network=network)
             for name, *keys in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
                 if keys[0] in reference:
-                    stored[name] = [torch.from_numpy(reference[key]) for key in keys]
+                    stored[name] = statistics_of(reference, keys, args.reference)
         figures = evaluate(pixels, reference["arr_0"], extractor, classes, stored)
 
         print(f"{len(pixels):,} samples, {len(reference['arr_0']):,} pictures of the reference")

@@ -1,6 +1,7 @@
 """FID, sFID, Inception Score, precision, recall: against closed forms; from files to a table."""
 
 import json
+import os
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from studies import evaluate
 from studies.evaluate import (gaussian, inception_features, inception_score, load_inception,
                               precision_recall)
 from support import judge, toy
+from support.border import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated; the file is what it is
 
@@ -250,8 +252,17 @@ def test_statistics_stored_in_the_reference_are_used_and_that_is_said(measured, 
     assert "stored in the reference: FID, sFID" in capsys.readouterr().out
 
 
+def test_stored_statistics_are_of_one_number_of_features():
+    good = dict(mu=np.zeros(4), sigma=np.eye(4))
+    assert [x.shape for x in evaluate.statistics_of(good, ("mu", "sigma"), "x.npz")] == [(4,), (4, 4)]
+    for bad in (good | dict(sigma=np.eye(5)), good | dict(mu=np.eye(4)), dict(mu=np.zeros(4))):
+        with pytest.raises(UserError, match=r"mu, sigma of x.npz are .*, not numbers \[d\] and"):
+            evaluate.statistics_of(bad, ("mu", "sigma"), "x.npz")
+
+
 @pytest.mark.parametrize("line, complaint", [
-    ("--samples nothing.npz", "nothing.npz is not an .npz with pictures in arr_0 ([Errno 2]"),
+    ("--samples nothing.npz", "nothing.npz is no file: give an .npz with pictures in arr_0"),
+    ("--samples pipe", "pipe is no file: give"),
     ("--samples cut.npz", "cut.npz is not an .npz with pictures in arr_0"),
     ("--samples float.npz", "arr_0 of float.npz is float64 [9, 32, 32, 3], not uint8 [n, H, W, 3]"),
     ("--samples named.npz", "arr_1 of the samples is <U3 [64], not integers [64]"),
@@ -265,6 +276,7 @@ def test_a_mistake_is_one_line_and_exit_code_two(measured, capsys, line, complai
         np.savez(f"{name}.npz", arr_0=pixels)
     np.savez("named.npz", arr_0=toys, arr_1=["cat"] * 64)
     Path("cut.npz").write_bytes(Path("few.npz").read_bytes()[:5000])
+    os.mkfifo("pipe")
     with pytest.raises(SystemExit) as stop:
         measured(line)
     said = capsys.readouterr().err.splitlines()  # before the last line: bars, not a traceback

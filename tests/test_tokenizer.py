@@ -187,6 +187,17 @@ def test_asked_to_stop_it_keeps_what_was_learnt(tok, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tok.pt"]
 
 
+def test_a_training_that_diverges_keeps_what_was_saved_before(tok, tmp_path):
+    save_tokenizer(tok, tmp_path / "tok.pt")
+    before = (tmp_path / "tok.pt").read_bytes()
+    with torch.no_grad():
+        tok.decoder[0].weight.fill_(torch.nan)
+    pixels = toy.make(30, seed=5)[0][:, -16:, -16:]
+    with pytest.raises(UserError, match="diverged"):
+        tokenizer.train_tokenizer(tok, pixels, pixels[:5], 1, tmp_path / "tok.pt", batch_size=2)
+    assert (tmp_path / "tok.pt").read_bytes() == before
+
+
 LEARN = "tokenizer.py train --steps 1 --out new/tok.pt"
 
 
