@@ -58,7 +58,7 @@ SIZES = {  # for example Config(**SIZES["XL"], grid=(16, 16), vocab_size=16384, 
     "tiny": dict(dim=64, n_layer=4, n_head=2, token_dropout=0.0, dropout=0.0),  # ours, 0.3M
     "toy": dict(dim=128, n_layer=4, n_head=4, token_dropout=0.0, dropout=0.0),  # ours, 1.2M
     "fine": dict(dim=192, n_layer=6, n_head=3, dropout=0.0),  # ours, 2.9M, for the fine world
-    "S": dict(dim=384, n_layer=12, n_head=6),  # ours, as L for ImageNet 34M, for 512 tokens 22M
+    "S": dict(dim=384, n_layer=12, n_head=6),  # ours, 34M; of a codebook of 512 and 10 classes 22M
     "M": dict(dim=768, n_layer=12, n_head=12),  # ours, 111M and 86M
     "L": dict(dim=1024, n_layer=24, n_head=16),  # 343M, as all below of Table A
     "XL": dict(dim=1280, n_layer=36, n_head=20),  # 775M
@@ -71,8 +71,8 @@ SIZES = {  # for example Config(**SIZES["XL"], grid=(16, 16), vocab_size=16384, 
 # A rotary embedding turns each pair of channels of a query or key by an angle proportional to the
 # token's position, so that their dot product depends on the *difference* of two positions only. An
 # image position has two coordinates: the first half of the pairs turns with the row, the second
-# half with the column. Slow pairs see the layout, fast ones detail; resolution extrapolation will
-# treat the two differently (apps.extrapolate, Sec. 3.4.3).
+# half with the column. Slow pairs see the layout, fast ones detail: for a larger grid the slow ones
+# are interpolated, the fast ones extrapolated (apps.extrapolate, Sec. 3.4.3).
 
 
 def rotary_angles(rows, columns, head_dim, base=10000.0):
@@ -170,7 +170,7 @@ def step_sizes(num_tokens, steps):
         share = 1 - math.cos(math.pi / 2 * (k + 1) / steps)
         target = min(num_tokens, int(share * num_tokens + 1))  # tokens after this step
         if k == 0 and steps > 1:
-            target = 1  # there is nothing yet that two tokens could agree with (released code)
+            target = 1  # without known tokens two have nothing to agree with (released code)
         sizes.append(max(1, target - sum(sizes)))
     return sizes
 
@@ -253,7 +253,7 @@ class Block(nn.Module):
 #
 # Guidance compares what the model says in several *contexts*. Classifier-free guidance (CFG) moves
 # the logits away from what it says without the class. Spatial contextual guidance (SCG, App. F)
-# moves them away from what it says when it has read a quarter of the image tokens as zero vectors.
+# moves them away from what it says when it has also read a quarter of the image tokens as zeros.
 
 CLASS = "all tokens, the class"
 NULL = "all tokens, no class"
@@ -262,9 +262,13 @@ DROPPED = "three quarters of the tokens, no class"
 
 @dataclass
 class Guidance:
-    """How strongly the contexts pull; w_scg = 1 is plain CFG, with cfg = (1, 1) no guidance."""
+    """How strongly the contexts pull; w_scg = 1 is plain CFG, with cfg = (1, 1) no guidance.
 
-    cfg: tuple = (1.0, 4.0)  # w_cfg at the start and at the end
+    w_cfg rises in a straight line with the share of tokens that are known: a small hole in a known
+    image is filled near its end value.
+    """
+
+    cfg: tuple = (1.0, 4.0)  # w_cfg when nothing is known, and when all is
     scg: float = 1.0  # w_scg
     power: float = None  # RAR's schedule, not a straight line: the larger, the later w_cfg rises
 
@@ -283,7 +287,7 @@ class Guidance:
             return logits
         z = dict(zip(contexts, logits.chunk(len(contexts))))
         rise = share if self.power is None else (1 - torch.cos(math.pi * share**self.power)) / 2
-        w_cfg = self.cfg[0] + (self.cfg[1] - self.cfg[0]) * rise  # 1 guides nothing, 0: no class
+        w_cfg = self.cfg[0] + (self.cfg[1] - self.cfg[0]) * rise  # 1: z[CLASS]; 0: z[NULL]
         guided = z[NULL]
         if DROPPED in z:
             guided = z[DROPPED] + self.scg * (z[NULL] - z[DROPPED])  # Eq. A, of no class
@@ -409,8 +413,8 @@ class RandAR(nn.Module):
         class_token = self.cls_embedding.embedding_table(classes)[:, None]  # [b, 1, d]
 
         # x_i turns like its P_i. The class has no position: the released weights were trained with
-        # cos = sin = 0 for it. That is no angle: its key is zero, so every token scores it 0, which
-        # still has a weight after the softmax, and reads its value.
+        # cos = sin = 0 for it. That is no angle: its query and key are zero, so every token scores
+        # it 0, which still has a weight after the softmax, and reads its value.
         cos_sin = cos_sin.repeat_interleave(2, dim=1)
         cos_sin = torch.cat([torch.zeros_like(cos_sin[:, :1]), cos_sin], dim=1)
         return torch.cat([class_token, pairs], dim=1), cos_sin
@@ -453,7 +457,8 @@ class RandAR(nn.Module):
     def generate_plainly(self, classes, order, steps, generator=None):
         """Alg. B without cache and guidance: images as tokens int64 [b, N] in raster order.
 
-        Read this before `decode`, which draws the same tokens many times faster (a test proves it).
+        Read this before `decode`, which without guidance draws the same tokens, many times faster
+        (a test proves it).
         """
         tokens, done = torch.zeros_like(order), 0  # what is not decoded yet is never read
         for m in step_sizes(order.shape[1], steps):
@@ -551,14 +556,14 @@ class RandAR(nn.Module):
             tokens = sample_tokens(logits, sampling, generator)  # [b, m]
             yield Step(turns[:b, done : done + m], tokens, logits)
 
-            # The cache, after a step that decoded x_3 and x_4 with two queries:
+            # The cache, after a step that decoded x_2 and x_3 with two queries:
             #
-            #     class P_1 x_1 P_2 x_2 Q_3 Q_4      Q_3 is what training has there, P_3: it stays.
-            #                           ^^^ ^^^      Q_4 saw Q_3, but not x_3: it is overwritten.
+            #     class P_1 x_1 Q_2 Q_3      Q_2 saw what P_2 sees in training: it stays, as P_2.
+            #                   ^^^ ^^^      Q_3 saw Q_2, but not x_2: it is overwritten.
             #
-            # The next step writes x_3 P_4 x_4, from Q_4's place on, and then its own queries:
+            # The next step writes x_2 P_3 x_3, from Q_3's place on, and then its own queries:
             #
-            #     class P_1 x_1 P_2 x_2 Q_3 x_3 P_4 x_4 Q_5 Q_6
+            #     class P_1 x_1 P_2 x_2 P_3 x_3 Q_4 Q_5
             embedded = self.tok_embeddings(tokens).repeat(len(contexts), 1, 1)  # [c * b, m, d]
             x[:, first + 1 : first + 2 * m : 2] = embedded * kept[:, done : done + m]
             start_pos, done = first + 1, done + m
@@ -569,12 +574,12 @@ class RandAR(nn.Module):
     # reads x_1 P_2 x_2 .. P_m x_m, and what it finds at P_2 .. P_m, and throws away, is what one
     # token a step would have drawn from: p(x_j | all before it). So take what a step draws as
     # *drafts*, and let the next step keep or redraw each (`keep_or_redraw`). Decided are all up to
-    # the first that fails, and what is drawn in its place. Those behind it were checked against a p
-    # that had read a wrong token. Now this p is what they are drawn from: they are drafts again,
-    # and better ones (as in arXiv 2410.01699). Such a step reads, with 2 drafts,
+    # the first that is redrawn, and this one. Those behind it were kept or redrawn, too, but by a p
+    # that had read a wrong token. So they are tokens drawn from that p: drafts again, and better
+    # ones (as in arXiv 2410.01699). Such a step reads, with 2 drafts,
     #
-    #     x_i  P x  P x  P  Q Q      x_i: the last token that is decided, at first the class;
-    #                                Q: isolated queries for the turns behind, as the last P is.
+    #     x_i  P x  P x  P  Q Q      x_i: the last token that is decided, at first the class.
+    #                                The last P and the Q do not see each other: they are queries.
     #
     # The more drafts, the fewer steps, and the more a step reads that is thrown away.
 

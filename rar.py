@@ -9,9 +9,10 @@ sides. From RandAR to RAR it is two small steps and another decoder:
     Merged          [class + P_1, x_1 + P_2, x_2 + P_3, ..]   the token before says so: half as long
     RAR             [cls, class + P_1, x_1 + P_2, ...]        the same, in a vision transformer
 
-Half the length is half the cost; but a token then waits for the one before it, and no two can be
-decoded at once. Dense and Merged are of RandAR's Table 2; all other sections, tables and equations
-in this file are of RAR's first arXiv version.
+Half the length is half the cost; but where to go next is asked at the token before, and several
+questions have no place of their own: one token a step here. (The RandAR paper tried to decode them
+in parallel, too: much worse.) Dense and Merged are of RandAR's Table 2; all other sections, tables
+and equations in this file are of RAR's first arXiv version.
 
     randomness            how many images are shuffled, and when (Sec. 3.2)
     Dense, Merged         RandAR with other position instruction tokens
