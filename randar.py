@@ -170,7 +170,7 @@ def step_sizes(num_tokens, steps):
         share = 1 - math.cos(math.pi / 2 * (k + 1) / steps)
         target = min(num_tokens, int(share * num_tokens + 1))  # tokens after this step
         if k == 0 and steps > 1:
-            target = 1  # without known tokens two have nothing to agree with (released code)
+            target = 1  # in a blank image two have nothing to agree with (released code: always)
         sizes.append(max(1, target - sum(sizes)))
     return sizes
 
@@ -367,7 +367,7 @@ class RandAR(nn.Module):
 
     kind = "rope"  # of position instruction tokens, as files name it; rar.py has others
     predicting = slice(1, None, 2)  # the tokens of the sequence that predict one: the P
-    decodes_in_parallel = True
+    decodes_in_parallel = True  # not rar.Merged: it asks for a token at the one before
 
     def __init__(self, config):
         super().__init__()
