@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from randar import default_steps, load_randar  # noqa: E402  (after the path)
-from support import border, data, pictures, toy  # noqa: E402
+from support import border, data, pictures, released, toy  # noqa: E402
 from support.border import UserError  # noqa: E402
 from support.classes import names_of_classes  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
@@ -40,8 +40,10 @@ def open_course(model="toy", randar=None, raster=None, tokenizer=None, images=No
     """What a notebook works on: the namespace below.
 
     model: "toy" or "fine", which ship, of the plain and the fine world; else the files are opened.
-    randar, tokenizer: released or own weights; raster: a counterpart of raster order, None where
-    there is none; images: a folder of class folders of images, for `examples`.
+    randar, tokenizer: released or own weights, by file, or by a word of support/released.py, which
+    fetches them; raster: a counterpart of raster order, None where there is none; images: a folder
+    of class folders of images, for `examples`, None: the model draws them. Relative paths start at
+    the repository's root.
 
     randar, raster      the models, in eval mode, on the GPU if there is one; raster may be None
     tokenizer, device
@@ -64,16 +66,21 @@ def open_course(model="toy", randar=None, raster=None, tokenizer=None, images=No
         raise UserError(f'MODEL = "{model}" needs its files: '
                         "PATHS = dict(randar=..., tokenizer=...)")
 
-    randar, tokenizer = load_randar(randar, device), load_tokenizer(tokenizer, device)
-    raster = load_randar(raster, device) if raster else None
+    # ROOT / path is the path itself where that is absolute.
+    randar = load_randar(ROOT / released.file_of(randar), device)
+    tokenizer = load_tokenizer(ROOT / released.file_of(tokenizer), device)
+    raster = load_randar(ROOT / raster, device) if raster else None
     all_names = names_of_classes(randar.class_names, randar.config.num_classes)  # lists
     num_tokens = randar.config.grid[0] * randar.config.grid[1]
 
     def examples(n, seed=0):
         if world:
             pixels, classes, _ = toy.make(n, seed, world)
+        elif images is None:
+            return drawn_by(randar, tokenizer, n, seed, device)
         else:
-            pixels, classes = images_of(images, n, seed, tokenizer.config.image_size, all_names)
+            side = tokenizer.config.image_size
+            pixels, classes = images_of(ROOT / images, n, seed, side, all_names)
         batches = pictures.from_uint8(pixels).split(64)
         tokens = torch.cat([tokenizer.encode(batch.to(device)) for batch in batches])
         return tokens, torch.as_tensor(classes).to(device), pixels
@@ -87,20 +94,35 @@ def open_course(model="toy", randar=None, raster=None, tokenizer=None, images=No
 def images_of(folder, n, seed, side, all_names):
     """n images of a folder of class folders: pixels uint8 [n, side, side, 3], classes [n].
 
-    The folders may be some of the classes only: one that is called like a class is that class.
+    The centre of each, as in training. The folders may be some of the classes only: one that is
+    called like a class is that class.
     """
-    if folder is None:
-        raise UserError("some images are needed: PATHS['images'], a folder of class folders")
     paths, labels, folders = data.list_images(folder)
     if n > len(paths):
         raise UserError(f"{n} images are needed, {folder} has {len(paths)}")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(paths), generator=generator)[:n].tolist()
 
-    read = [pictures.open_picture(paths[i]).resize((side, side)) for i in chosen]
+    pixels = [data.read_image(paths[i], side) for i in chosen]  # None for an unreadable one
+    for i, picture in zip(chosen, pixels):
+        if picture is None:
+            raise UserError(f"unreadable image {paths[i]}: remove it")
     class_of = {name: i for i, names in enumerate(all_names) for name in names}
     classes = [class_of.get(folders[labels[i]], int(labels[i])) for i in chosen]
-    return np.stack([np.array(picture) for picture in read]), torch.tensor(classes)
+    return np.stack(pixels), torch.tensor(classes)
+
+
+def drawn_by(model, tokenizer, n, seed, device):
+    """n examples that the model draws, of classes spread over all: what `examples` returns.
+
+    A model finds its own pictures easy: its loss on them is not the loss on photographs.
+    """
+    classes = torch.arange(n, device=device) * model.config.num_classes // n  # int64 [n]
+    generator = torch.Generator(device).manual_seed(seed)
+    batches = [model.generate(part, generator=generator) for part in classes.split(16)]
+    tokens = torch.cat(batches)  # [n, N]
+    pixels = [pixels_of(tokenizer, part, model.config.grid) for part in tokens.split(16)]
+    return tokens, classes, np.concatenate(pixels)
 
 
 def pixels_of(tokenizer, tokens, grid=None):

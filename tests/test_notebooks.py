@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, small_model, small_tokenizer, write_images
+from PIL import Image
 
 from randar import save_randar
 from support.border import UserError
@@ -89,8 +90,37 @@ def test_what_is_missing_is_said(other):
         course.open_course("L", randar=other["randar"])
     with pytest.raises(UserError, match="13 images are needed, .* has 12"):
         course.open_course("L", **other).examples(13)
-    with pytest.raises(UserError, match="PATHS"):
-        course.open_course("L", **other | dict(images=None)).examples(1)
+    (other["images"] / "n01443537" / "0.png").write_text("no picture")
+    with pytest.raises(UserError, match="unreadable image .*0.png"):
+        course.open_course("L", **other).examples(12)
+
+
+def test_images_are_cut_in_the_centre_as_in_training_not_stretched(other, tmp_path):
+    (tmp_path / "wide" / "n01443537").mkdir(parents=True)
+    strip = np.zeros((16, 48, 3), np.uint8)
+    strip[:, 16:32] = 255  # the middle is white, left and right are black
+    Image.fromarray(strip).save(tmp_path / "wide" / "n01443537" / "0.png")
+    world = course.open_course("L", **other | dict(images=tmp_path / "wide"))
+    assert (world.examples(1)[2] == 255).all()
+
+
+def test_relative_paths_start_at_the_repository(other, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(course, "ROOT", tmp_path)
+    paths = dict(randar="randar.pt", tokenizer="tokenizer.pt", raster="randar.pt", images="images")
+    world = course.open_course("L", **paths)
+    assert world.raster is not None and len(world.examples(12)[0]) == 12
+
+
+def test_without_images_the_model_draws_its_own_examples(other):
+    world = course.open_course("L", **other | dict(images=None))
+    tokens, classes, pixels = world.examples(20, seed=3)
+    assert tokens.shape == (20, 16) and tokens.min() >= 0 and len(classes.unique()) == 20
+    assert classes.max() >= 900 and pixels.shape == (20, 16, 16, 3)
+    assert abs(course.pixels_of(world.tokenizer, tokens).astype(int) - pixels).max() <= 1
+    assert torch.equal(world.examples(20, seed=3)[0], tokens)
+    assert not torch.equal(world.examples(20, seed=4)[0], tokens)
 
 
 # ------------------------------------------------------------------------------------------------
