@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import ROOT, small_model, small_tokenizer, write_images
 from PIL import Image
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from randar import save_randar
 from support.border import UserError
@@ -167,6 +168,68 @@ def test_its_outputs_are_saved_from_one_run_and_show_no_errors_bars_or_paths(pat
     assert path.stat().st_size < 1.5e6
     words = "\n".join("".join(output.get("text", "")) for output in outputs)
     assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|usr|mnt)/|[A-Z]:\\\\", words)
+
+
+# ------------------------------------------------------------------------------------------------
+# That they run on a GPU: where there is none, tensors pretend to be on one, and refuse all others
+
+
+class Far(torch.Tensor):  # a tensor that pretends to be on a GPU
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __format__(self, spec):
+        return format(self.item(), spec) if spec else str(self)
+
+
+class FarGenerator(torch.Generator):  # the CPU's, but it knows for which device it was asked
+    def __new__(cls, device="cpu"):
+        made = super().__new__(cls)
+        made.far = str(device) == "cuda"
+        return made
+
+
+class TwoDevices(torch.overrides.TorchFunctionMode):  # what is made for a GPU is Far
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, given = getattr(function, "__name__", ""), tree_leaves((args, kwargs))
+        if function == torch.Tensor.device.__get__:
+            return torch.device("cuda" if isinstance(args[0], Far) else "cpu")
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        far = any(isinstance(x, Far) for x in tensors)
+        near = any(x.ndim and not isinstance(x, Far) for x in tensors)  # a single number may mix
+        if far and near and not (name == "__getitem__" and isinstance(args[0], Far)):
+            raise RuntimeError(f"{name} of tensors on two devices")
+        if far and name in ("numpy", "__array__"):
+            raise TypeError("NumPy cannot read a tensor on a GPU")
+
+        asked = ["cpu"] * (name == "cpu") + [str(x) for x in given if isinstance(x, torch.device)]
+        far = asked == ["cuda"] if asked else far
+        if any(x.far != far for x in given if isinstance(x, FarGenerator)):
+            raise RuntimeError(f"{name} with the generator of another device")
+        args, kwargs = tree_map_only(torch.device, lambda x: "cpu", (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, lambda x: x.as_subclass(Far if far else torch.Tensor),
+                             function(*args, **kwargs))
+
+
+@pytest.mark.parametrize("name", ["1_orders", "solutions/1_orders"])
+def test_no_tensor_of_the_cpu_meets_one_of_the_gpu(name, monkeypatch):
+    randar, tokenizer = small_model(num_classes=10, n_layer=1), small_tokenizer()
+    for module in (*randar.modules(), *tokenizer.modules()):
+        module._parameters |= {key: x if x is None else x.detach().as_subclass(Far)
+                               for key, x in module._parameters.items()}
+    monkeypatch.setattr(course, "load_randar", lambda path, device: randar)
+    monkeypatch.setattr(course, "load_tokenizer", lambda path, device: tokenizer)
+    monkeypatch.setattr(course.border, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch, "Generator", FarGenerator)
+    world = course.open_course("L", randar="", tokenizer="", raster="")
+    monkeypatch.setattr(course, "open_course", lambda model: world)
+
+    with TwoDevices():
+        names = {}
+        for source in sources(FOLDER / f"{name}.ipynb", "code"):
+            exec(source.replace('"toy", {}', '"L", {}'), names)  # only the toy world has a judge
+        with pytest.raises(RuntimeError, match="two devices"):
+            names["tokens"] + torch.arange(2)
+    matplotlib.pyplot.close("all")
 
 
 # ------------------------------------------------------------------------------------------------
