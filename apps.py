@@ -385,31 +385,31 @@ def correspond(model, tokenizer, source, target, points, **options):
 
 
 @torch.no_grad()
-def attention_maps(model, tokens, layer, head, classes=None, order=None, generator=None, grid=None):
-    """Which tokens each token looks at, in one head: (maps, to_class), which sum to 1 for each.
+def attention_maps(model, tokens, layers=None, classes=None, order=None, generator=None, grid=None):
+    """Which tokens each token looks at, in all heads of some layers, from one pass.
 
-    layer: 1 to n_layer; head: 0 to n_head - 1; all else as in features_by_layer, with one round.
-    Returns maps [b, 2, N, 2, h, w] and to_class [b, 2, N]. maps[image, kind, position, other kind]
-    is a picture [h, w]: how much the token at that position (raster order) looks at each other one.
-    A kind is 0 for position instruction tokens, 1 for image tokens. The class sees itself only.
+    layers: rising numbers, 1 to n_layer, or None: all. All else as features_by_layer, of one round.
+    Returns maps [b, layers, heads, 2, N, 2, h, w] and to_class [b, layers, heads, 2, N].
+    maps[image, i, j, kind, position, other kind] is a picture [h, w]: how much the token at that
+    position (raster order) looks at each other one; the class gets the rest of 1.
+    A kind is 0 for position instruction tokens, 1 for image tokens.
     """
     x, cos_sin, turns = prepare(model, tokens, classes, order, generator, grid)
-    *before, block = model.layers[: checked_layer(model, layer)]
-    for earlier in before:
-        x = earlier(x, cos_sin)
+    layers = [checked_layer(model, i) for i in layers or range(1, 1 + model.config.n_layer)]
+    # The places in the sequence of the class, of all P, of all x: these in raster order
+    places = torch.cat([0 * turns[:, :1], 1 + 2 * turns, 2 + 2 * turns], dim=1)  # [b, 1 + 2 N]
+    later = places[:, None, :, None] < places[:, None, None, :]  # [b, 1, 1 + 2 N, 1 + 2 N]
+    weights = []
+    for layer, block in enumerate(model.layers[: max(layers)], start=1):
+        if layer in layers:  # computed anew: fused attention never holds these weights
+            q, k, _ = block.attention.queries_keys_values(block.attention_norm(x), cos_sin)
+            q, k = (torch.take_along_dim(y, places[:, None, :, None], dim=2) for y in (q, k))
+            scores = q @ k.mT / math.sqrt(model.head_dim)  # [b, heads, 1 + 2 N, 1 + 2 N]
+            weights.append(scores.masked_fill(later, -torch.inf).softmax(-1)[:, :, 1:])
+        x = block(x, cos_sin)
 
-    # Computed anew: fused attention, which the model uses, never holds these weights.
-    q, k, _ = block.attention.queries_keys_values(block.attention_norm(x), cos_sin)
-    scores = q[:, head] @ k[:, head].mT / math.sqrt(model.head_dim)  # [b, 1 + 2 N, 1 + 2 N]
-    later = torch.ones(scores.shape[1:], dtype=torch.bool, device=x.device).triu(1)
-    weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
-
-    # From the sequence to the image: P of turn i is at place 1 + 2 i, its image token after it.
-    places = torch.cat([1 + 2 * turns, 2 + 2 * turns], dim=1)  # [b, 2 N]
-    weights = torch.take_along_dim(weights, places[:, :, None], dim=1)  # [b, 2 N, 1 + 2 N]
-    maps = torch.take_along_dim(weights, places[:, None, :], dim=2)  # [b, 2 N, 2 N]
-    maps = maps.unflatten(2, (2, *(grid or model.config.grid))).unflatten(1, (2, -1))
-    return maps, weights[:, :, 0].unflatten(1, (2, -1))
+    weights = torch.stack(weights, dim=1).unflatten(3, (2, -1))  # [..., 2, N, 1 + 2 N]
+    return weights[..., 1:].unflatten(-1, (2, *(grid or model.config.grid))), weights[..., 0]
 
 
 # ------------------------------------------------------------------------------------------------

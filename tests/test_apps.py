@@ -310,6 +310,7 @@ MISTAKES = [
     (lambda *m: outpaint(*m, noise(), (6, 6), CLASSES, (0, 3)), "its corner at 0, 3, does not fit"),
     (lambda m, t: encode_features(m, t.encode(noise()), layer=3), "layer must be from 1 to 2"),
     (lambda m, t: encode_features(m, t.encode(noise()), order="spirl"), "unknown order"),
+    (lambda m, t: attention_maps(m, t.encode(noise()), [1, 0]), "layer must be from 1 to 2"),
 ]
 
 
@@ -327,7 +328,7 @@ def test_what_does_not_fit_is_refused(model, tokenizer, call, problem):
             lambda *m: inpaint(*m, noise(16, 24), mask_of(1, grid=(4, 6)), CLASSES)),
         "merge rar": (
             lambda m, t: encode_features(m, t.encode(noise())),
-            lambda m, t: attention_maps(m, t.encode(noise()), 1, 0)),
+            lambda m, t: attention_maps(m, t.encode(noise()))),
         "dense": (lambda m, t: encode_features(m, t.encode(noise(16, 24)), grid=(4, 6)),),
     }.items() for kind in kind.split() for call in calls])
 def test_what_a_kind_of_model_cannot_do_is_refused_by_name(tokenizer, kind, call):
@@ -424,14 +425,14 @@ def test_by_default_features_come_from_two_thirds_of_the_depth(depth, layer):
 def test_images_of_another_grid_than_that_of_training_have_features_too(model):
     tokens = torch.randint(V, (2, 15), generator=seeded(0))
     assert encode_features(model, tokens, grid=(3, 5)).shape == (2, 15, 32)
-    maps, to_class = attention_maps(model, tokens, 1, 0, grid=(3, 5))
-    assert maps.shape == (2, 2, 15, 2, 3, 5) and to_class.shape == (2, 2, 15)
+    maps, to_class = attention_maps(model, tokens, [1], grid=(3, 5))
+    assert maps.shape == (2, 1, 2, 2, 15, 2, 3, 5) and to_class.shape == (2, 1, 2, 2, 15)
 
 
 def test_dense_models_have_features_and_attention(batch):
     model = model_of_kind("dense")
     assert encode_features(model, batch[0]).shape == (3, N, 32)
-    assert attention_maps(model, batch[0], 2, 1)[0].shape == (3, 2, N, 2, 4, 4)
+    assert attention_maps(model, batch[0])[0].shape == (3, 2, 2, 2, N, 2, 4, 4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -506,7 +507,8 @@ def in_sequence(maps, to_class, order):
 @pytest.mark.parametrize("layer, head", [(1, 0), (2, 1)])
 def test_the_maps_are_the_weights_that_attention_uses(model, batch, attention_calls, layer, head):
     tokens, classes, order = batch
-    weights = in_sequence(*attention_maps(model, tokens, layer, head, classes, order), order)
+    maps, to_class = attention_maps(model, tokens, [layer], classes, order)
+    weights = in_sequence(maps[:, 0, head], to_class[:, 0, head], order)
     attention_calls.clear()
     model(tokens, classes, order)
     q, k, v, options = attention_calls[layer - 1]
@@ -517,10 +519,20 @@ def test_the_maps_are_the_weights_that_attention_uses(model, batch, attention_ca
 
 def test_the_weights_of_a_token_sum_to_one_and_are_zero_for_later_tokens_only(model, batch):
     tokens, classes, order = batch
-    maps, to_class = attention_maps(model, tokens, 2, 0, classes, order)
-    assert torch.allclose(maps.sum((3, 4, 5)) + to_class, torch.ones(3, 2, N))
-    weights = in_sequence(maps, to_class, order)
+    maps, to_class = attention_maps(model, tokens, [2], classes, order)
+    assert torch.allclose(maps.sum((5, 6, 7)) + to_class, torch.ones(3, 1, 2, 2, N))
+    weights = in_sequence(maps[:, 0, 0], to_class[:, 0, 0], order)
     assert (weights.triu(1) == 0).all() and (weights + torch.ones(33, 33).triu(1) > 0).all()
+
+
+def test_one_call_for_all_layers_equals_calls_for_each_and_reads_the_image_once(model, batch):
+    tokens, classes, order = batch
+    seen = inputs_of(model.layers[0])
+    together = attention_maps(model, tokens, None, classes, order)
+    assert len(seen) == 1
+    each = zip(*(attention_maps(model, tokens, [layer], classes, order) for layer in (1, 2)))
+    for all_layers, of_each in zip(together, each):
+        assert torch.equal(all_layers, torch.cat(of_each, dim=1))
 
 
 # ------------------------------------------------------------------------------------------------
