@@ -19,7 +19,8 @@ def with_palette(png):
     """A PNG as base64 text -> the same with 256 colours."""
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     smaller = io.BytesIO()
-    picture.quantize(256, dither=Image.Dither.NONE).save(smaller, "png", optimize=True)
+    small = picture.quantize(256, kmeans=1, dither=Image.Dither.NONE)  # kmeans: greys stay grey
+    small.save(smaller, "png", optimize=True)
     return base64.b64encode(smaller.getvalue()).decode()
 
 
