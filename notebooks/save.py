@@ -41,6 +41,7 @@ def save(path):
     resources = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=1800, resources=resources).execute()
 
+    notebook.metadata["language_info"] = {"name": "python"}  # not which version of it
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
