@@ -2,7 +2,8 @@
 
 A VQGAN (arXiv 2012.09841, in LlamaGen's form, 2406.06525) squeezes an image into a small grid of
 vectors, replaces each by the nearest of a fixed list of *codes*, the codebook, and paints the image
-back from the codes. The number of a code is the *token*.
+back from the codes. The number of a code is the *token*. It is more than its f x f pixels: by the
+layers' norms every token has seen all of the image, and equal patches may have different tokens.
 
     python tokenizer.py train  [--data fine]           on a toy world, or --data DIR: class folders
     python tokenizer.py encode --images DIR --out DIR  a folder of class folders -> a token folder
