@@ -414,7 +414,7 @@ class RandAR(nn.Module):
 
         # x_i turns like its P_i. The class has no position: the released weights were trained with
         # cos = sin = 0 for it. That is no angle: its query and key are zero, so every token scores
-        # it 0, which still has a weight after the softmax (15% of all in the toy model, notebook 5),
+        # it 0, which still has a weight after the softmax (15% in the toy model, notebook 5),
         # and reads its value.
         cos_sin = cos_sin.repeat_interleave(2, dim=1)
         cos_sin = torch.cat([torch.zeros_like(cos_sin[:, :1]), cos_sin], dim=1)
