@@ -494,7 +494,7 @@ class RandAR(nn.Module):
         if isinstance(order, str):
             order = generation_order(order, len(classes), grid, generator, device)
         known = (order[:, :0], order[:, :0]) if known is None else known
-        guidance, sampling = Guidance(cfg, scg, power), Sampling(temperature, top_k, top_p)
+        guidance, sampling = Guidance(cfg, scg, power=power), Sampling(temperature, top_k, top_p)
         given = guidance, sampling, generator, known, angles
         checks.check_decoding(self, classes, order, steps, guidance, sampling, known, angles,
                               queries, drafts)

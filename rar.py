@@ -316,13 +316,16 @@ def recognise(content, path):
 
     Raises UserError, with the path, for anything else.
     """
-    state = content.get("model", content)
-    if not ("pos_instruct_embeddings" in state or "timesteps_embeddings" in state):
+    state, kind = content.get("model", content), content.get("kind", "rope")
+    known = {"pos_instruct_embeddings", "timesteps_embeddings"} & state.keys()
+    if "kind" not in content and not known:
         raise UserError(f"{path} holds no weights of RandAR or RAR: give a file of train.py, or "
                         "released weights")
 
     if "config" in content:  # one of ours; the first ones, all RandAR, do not say their kind
-        model_class, config_class = KINDS[content.get("kind", "rope")]
+        if kind not in KINDS:
+            raise UserError(f"{path} holds a model of kind {kind!r}: add it to KINDS in rar.py")
+        model_class, config_class = KINDS[kind]
         return model_class, checks.config_of(config_class, content["config"], path)
 
     if "pos_instruct_embeddings" in state:  # RandAR; heads have 64 channels

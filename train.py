@@ -70,8 +70,8 @@ RECIPES = TOY_SIZES | {  # of a size, instead of the paper's
     "XXL": {"micro_batch": 16},  # 32 would just not fit into 80 GB
 }
 RAR_RECIPE = {  # of RAR's own sizes: its Table 6
-    "steps": 250_000, "batch_size": 2048, "micro_batch": 32, "learning_rate": 4e-4, "warm_up": 1 / 4,
-    "descent": 3 / 4, "schedule": "cosine", "weight_decay": 0.03, "beta2": 0.96}
+    "steps": 250_000, "batch_size": 2048, "micro_batch": 32, "learning_rate": 4e-4,
+    "warm_up": 1 / 4, "descent": 3 / 4, "schedule": "cosine", "weight_decay": 0.03, "beta2": 0.96}
 SIZES_OF = {"randar": SIZES, "rar": RAR_SIZES}
 PARTS = ("config", "model", "optimizer")  # what training.pt must have
 DRAWN = {"plain": 40_000, "fine": 100_000}  # pictures of each of toy.WORLDS
@@ -387,7 +387,8 @@ def main():
     add = parser.add_argument
     add("--model", default="randar", choices=SIZES_OF, help="(default: randar)")
     add("--size", default="toy", choices=SIZES | RAR_SIZES, help="(default: toy; B: RAR's)")
-    add("--position", default="rope", choices=("rope", "dense", "merge"), help="(default: rope)")
+    add("--position", default="rope", choices=[kind for kind in KINDS if kind != "rar"],
+        help="(default: rope)")
     add("--data", help="token folder, or a world that we draw: plain, fine (default: plain)")
     add("--tokenizer", help="(default: what made the tokens; for drawn worlds, ours)")
     add("--out", default="out", help="folder for weights and pictures (default: out)")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import V, small_model
 
-from randar import load_randar, save_randar
+import rar
+from randar import Config, RandAR, load_randar, save_randar
 from support import border
 
 
@@ -101,6 +102,27 @@ def test_a_truncated_or_missing_checkpoint_is_named(model, tmp_path, share):
 def test_a_file_that_holds_something_else_is_named(tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
     assert "holds no weights of RandAR or RAR" in complaint(tmp_path / "other.pt")
+
+
+class Lettered(RandAR):
+    """A reader's own kind of position instruction tokens, under a name of its own."""
+
+    kind = "lettered"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.letters = self.pos_instruct_embeddings
+        del self.pos_instruct_embeddings
+
+    def position_instruction_tokens(self, cos_sin, positions):
+        return self.letters.expand(*positions.shape, -1)
+
+
+def test_a_readers_own_kind_of_model_comes_back_once_it_is_in_kinds(batch, tmp_path, monkeypatch):
+    save_randar(model := Lettered(small_model().config).eval(), tmp_path / "a.pt")
+    assert "kind 'lettered': add it to KINDS" in complaint(tmp_path / "a.pt")
+    monkeypatch.setitem(rar.KINDS, "lettered", (Lettered, Config))
+    assert torch.equal(load_randar(tmp_path / "a.pt")(*batch)[0], model(*batch)[0])
 
 
 def test_weights_of_a_training_that_has_diverged_are_named(model, tmp_path):
