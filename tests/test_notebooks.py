@@ -165,7 +165,7 @@ def test_its_outputs_are_saved_from_one_run_and_show_no_errors_bars_or_paths(pat
     outputs = [output for cell in cells for output in cell["outputs"]]
     kinds = {output.get("name", output["output_type"]) for output in outputs}
     assert kinds and kinds <= {"stdout", "display_data", "execute_result"}
-    assert path.stat().st_size < 1.5e6
+    assert path.stat().st_size < 1.2e6
     words = "\n".join("".join(output.get("text", "")) for output in outputs)
     assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|usr|mnt)/|[A-Z]:\\\\", words)
 
