@@ -158,6 +158,11 @@ def test_its_code_compiles_and_what_it_imports_exists(path):
         exec(compile(ast.Module(imports, []), path.name, "exec"), {})
 
 
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS + SOLUTIONS if number(path) != "0"], ids=named)
+def test_a_cell_has_twenty_lines_at_most_so_that_it_fits_on_a_screen(path):
+    assert max(source.count("\n") + 1 for source in sources(path, "code")) <= 20
+
+
 @all_of_them
 def test_its_outputs_are_saved_from_one_run_and_show_no_errors_bars_or_paths(path):
     cells = [cell for cell in opened(path)["cells"] if cell["cell_type"] == "code"]
