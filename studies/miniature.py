@@ -1,6 +1,6 @@
 """The paper in miniature: trains and measures what notebook 8 shows. Both go on where they stopped.
 
-    python -m studies.miniature train     models into checkpoints/miniature: three hours on one core
+    python -m studies.miniature train     models into checkpoints/miniature: five hours on one core
     python -m studies.miniature measure   figures into studies/miniature: an hour and a half
 
     TRAININGS, train      the same data, batch, number of steps and recipe for all models
