@@ -83,11 +83,11 @@ def test_measuring_goes_on_where_it_was_stopped(elsewhere, monkeypatch):
 
 
 def test_figures_are_those_of_the_samples_of_a_seed(elsewhere, monkeypatch):
-    monkeypatch.setattr(miniature, "SAMPLES", 460)  # sFID takes more than 448
+    monkeypatch.setattr(miniature, "SAMPLES", 100)  # too few for sFID
     run = row()["run"] | dict(steps=2)
     shutil.copy(border.CHECKPOINTS / "randar_toy.pt", weights("toy"))
     first, again, other = (miniature.figures(run, seed, CPU) for seed in (0, 0, 1))
-    assert first == again != other and set(first) == set(miniature.FIGURES)
+    assert first == again != other and set(first) == set(miniature.FIGURES) - {"sFID"}
 
 
 def test_enlarged_pictures_are_compared_with_fresh_ones_of_their_size(monkeypatch):
