@@ -216,8 +216,7 @@ def train(args):
         optimizer.zero_grad(set_to_none=True)
 
         # What people watch is the work of the first process alone.
-        state["step"] = step + 1
-        state["seconds"] += time.perf_counter() - started
+        state |= dict(step=step + 1, seconds=state["seconds"] + time.perf_counter() - started)
         if rank == 0 and not bad_steps:  # what was saved last was good: it stays for now
             report(model, optimizer, tokens, tokenizer, state, args, bar, asked_to_stop)
         if asked_to_stop:
