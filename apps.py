@@ -51,7 +51,7 @@ def complete(model, tokens, missing, classes, grid, angles=None, order=None, ste
     angles = own if angles is None else angles
     b, n = len(tokens), int(missing[0].sum())  # a batch takes its steps together: n is one number
     if (missing.sum(dim=1) != n).any():
-        raise UserError("images of a batch must miss equally many tokens: give masks of equally many")
+        raise UserError("images of a batch must miss equally many tokens: give such masks")
     order = model.order if order is None else order
     if isinstance(order, str):  # drawn as `decode` does: with all missing, this is generation
         order = generation_order(order, b, grid, options.get("generator"), tokens.device)

@@ -200,7 +200,7 @@ def read_npz(path):
 
 
 def statistics_of(arrays, names, path):
-    """[mean [d], covariance [d, d]] of an .npz's arrays; UserError where they are something else."""
+    """[mean [d], covariance [d, d]] of an .npz's arrays; UserError for something else."""
     mean, covariance = (np.asarray(arrays.get(name)) for name in names)
     if mean.ndim != 1 or covariance.shape != 2 * mean.shape or covariance.dtype.kind != "f":
         raise UserError(f"{names[0]}, {names[1]} of {path} are {list(mean.shape)} and "

@@ -256,7 +256,7 @@ def compare(models, args):
         name = f"{pathlib.Path(path).name}, {args.order or model.order} order"
         table = table_by_layer(model, tokenizer, args.number, args.seed, args.order)
         tables.append((name, table))
-        print(f"{name}, in %, rounds 1 and 2: PCK at 0.1 per image, per point; probe's top-1, top-5")
+        print(f"{name}, in %, rounds 1, 2: PCK at 0.1 per image, per point; probe top-1, top-5")
         for layer, rounds in enumerate(100 * table, start=1):  # [2, 4]
             print(f"layer {layer:2}", *(f"{a:8.1f}{b:8.1f}" for a, b in rounds.T))
     draw_tables(tables, args.out)

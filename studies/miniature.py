@@ -57,8 +57,8 @@ TRAININGS = {  # name: flags of train.py, and the steps at which weights are kep
     "merge": ("--position merge", (STEPS,)),
     "fine": ("--size fine --data fine", (FINE_STEPS,)),
 }
-# RAR's Table 2: when randomness is annealed, as shares of the training; its Table 3: to which order.
-# Small models of few steps: good ones are all alike here, as good as fresh pictures.
+# RAR's Table 2: when randomness is annealed, in shares of the training; its Table 3: to which
+# order. Small models of few steps: good ones are all alike here, as good as fresh pictures.
 ANNEALINGS = {f"annealed_{start:g}_{end:g}": (start, end) for start, end in (
     (0, 0), (0.25, 0.25), (0.25, 0.5), (0.5, 0.5), (0.5, 0.75), (0.5, 1), (0.75, 1), (1, 1))}
 DEFAULT = "annealed_0.5_0.75"  # the paper's choice; it ends in raster order

@@ -303,7 +303,7 @@ MISTAKES = [
     (lambda *m: inpaint(*m, noise(18, 17), mask_of(1), CLASSES), "H and W multiples of 4"),
     (lambda *m: inpaint(*m, noise(), mask_of(1)[:12], CLASSES), r"\[2, 16, 16\], .*\[2, 12, 16"),
     (lambda *m: inpaint(*m, noise(), torch.stack([mask_of(1), mask_of(1, 2)]), CLASSES),
-     "must miss equally many tokens: give masks of equally many"),
+     "must miss equally many tokens: give such masks"),
     (lambda *m: inpaint(*m, noise(), mask_of(1), torch.tensor([0, C + 1])), "classes must be"),
     (lambda *m: inpaint(*m, noise(), mask_of(1), CLASSES[:1]), r"expected classes \[2\]"),
     (lambda *m: outpaint(*m, noise(), (3, 8), CLASSES), "4 x 4 tokens.*into a grid of 3 x 8"),
