@@ -317,8 +317,8 @@ def recognise(content, path):
     Raises UserError, with the path, for anything else.
     """
     state, kind = content.get("model", content), content.get("kind", "rope")
-    known = {"pos_instruct_embeddings", "timesteps_embeddings"} & state.keys()
-    if "kind" not in content and not known:
+    released = {"pos_instruct_embeddings", "timesteps_embeddings"} & state.keys()
+    if "kind" not in content and not released:
         raise UserError(f"{path} holds no weights of RandAR or RAR: give a file of train.py, or "
                         "released weights")
 

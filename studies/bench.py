@@ -359,7 +359,7 @@ def main():
     with border.one_line_errors():
         if args.rar:
             device = border.pick_device(args.device)
-            for compiled in (False, True)[: 1 + (device.type == "cuda")]:
+            for compiled in (False, True) if device.type == "cuda" else (False,):
                 show(rar_rows(args.rar, args.batch_size or 64, device, args.seconds, compiled))
         else:
             bench(args)
