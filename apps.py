@@ -278,7 +278,7 @@ PARTS = {  # what differs from the whole method, in the order of the paper's arg
 
 def prepare(model, tokens, classes, order, generator, grid):
     """For the functions below: x [b, 1 + 2 N, d], its cos_sin, and each position's turn, [b, N]."""
-    if not model.decodes_in_parallel:
+    if not model.inserts_instructions:
         raise UserError("features and attention are read at position instruction tokens: a model "
                         f"of the kind {model.kind!r} has none of their own, give one of rope")
     grid = grid or model.config.grid

@@ -367,7 +367,7 @@ class RandAR(nn.Module):
 
     kind = "rope"  # of position instruction tokens, as files name it; rar.py has others
     predicting = slice(1, None, 2)  # the tokens of the sequence that predict one: the P
-    decodes_in_parallel = True  # not rar.Merged: it asks for a token at the one before
+    inserts_instructions = True  # not rar.Merged: it asks for a token at the one before
 
     def __init__(self, config):
         super().__init__()
@@ -501,7 +501,7 @@ class RandAR(nn.Module):
         if drafts is not None and order.shape[1] > 0:
             return self._exact_steps(classes, order, drafts, *given)
         if steps is None:
-            steps = default_steps(order.shape[1]) if self.decodes_in_parallel else -1
+            steps = default_steps(order.shape[1]) if self.inserts_instructions else -1
         sizes = step_sizes(order.shape[1], steps)
         return self._steps(classes, order, sizes, *given, isolated=queries == "isolated")
 

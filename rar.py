@@ -10,9 +10,10 @@ sides. From RandAR to RAR it is two small steps and another decoder:
     RAR             [cls, class + P_1, x_1 + P_2, ...]        the same, in a vision transformer
 
 Half the length is half the cost; but where to go next is asked at the token before, and several
-questions have no place of their own: one token a step here. (The RandAR paper tried to decode them
-in parallel, too: much worse.) Dense and Merged are of RandAR's Table 2; all other sections, tables
-and equations in this file are of RAR's first arXiv version.
+questions at once have no place of their own: one token a step. In parallel the last token is asked
+again and again, which no training has shown it: much worse, as the RandAR paper found. Dense and
+Merged are of RandAR's Table 2; all other sections, tables and equations in this file are of RAR's
+first arXiv version.
 
     randomness            how many images are shuffled, and when (Sec. 3.2)
     Dense, Merged         RandAR with other position instruction tokens
@@ -82,7 +83,7 @@ class Merged(Dense):
 
     kind = "merge"
     predicting = slice(0, None)  # every token: the class predicts x_1, x_1 predicts x_2, ...
-    decodes_in_parallel = False
+    inserts_instructions = False
 
     def sequence(self, tokens, classes, order, angles=None):
         """[class + P_1, x_1 + P_2, ..., x_n], [b, 1 + n, d], and cos_sin; all else as RandAR's."""
@@ -92,7 +93,7 @@ class Merged(Dense):
 
     @torch.no_grad()
     def _steps(self, classes, order, sizes, guidance, sampling, generator, known, angles, isolated):
-        """One token a step: RandAR's loop without queries, so that nothing is ever overwritten."""
+        """RandAR's loop. The queries of a step are the last known token, each with another P."""
         contexts = guidance.contexts(class_given=bool((classes != self.null_class).any()))
         null = torch.full_like(classes, self.null_class)
         classes = torch.cat([classes if name == CLASS else null for name in contexts])  # [c * b]
@@ -101,23 +102,29 @@ class Merged(Dense):
         blank = turns.new_zeros(len(turns), math.prod(self.config.grid))  # what is unknown, unread
         tokens = blank.scatter(1, positions, tokens)  # [c * b, N], raster order
 
-        caches, start_pos, total = None, 0, turns.shape[1]
-        for done in range(total - len(sizes), total):
+        caches, start_pos, done, total = None, 0, positions.shape[1], turns.shape[1]
+        for m in sizes:
             # To embed all of the sequence anew is simple, and costs little beside the layers.
             x, where = self.sequence(tokens, classes, turns)  # [c * b, prefix + total, ...]
             if caches is None:
                 heads = self.config.n_head, x.shape[1], self.head_dim
                 caches = x.new_zeros(self.config.n_layer, 2, len(x), *heads)
-            end = x.shape[1] - total + done  # of all that is known; the last of it predicts
-            new, where = x[:, start_pos:end], where[:, start_pos:end]
-            y = self.hidden_states(new, where, caches=caches, start_pos=start_pos)
+
+            # The input: what the cache does not hold yet of all that is known, and m - 1 copies of
+            # the last of it. The first query is as in training and stays; copies are overwritten.
+            last = x.shape[1] - total + done - 1
+            seen = torch.arange(start_pos, last + m, device=x.device).clamp(max=last)
+            x, where = x[:, seen], where[:, seen]
+            asked = self.position_instruction_tokens(None, turns[:, done : done + m])
+            x[:, -m:] += asked - asked[:, :1]  # [c * b, m, d]; they all ask for the first already
+            y = self.hidden_states(x, where, caches=caches, start_pos=start_pos)
 
             share = torch.full((), done / total, device=x.device)
-            logits = guidance.combine(contexts, self.logits(y[:, -1:]), share)  # [b, 1, V]
-            drawn = sample_tokens(logits, sampling, generator)  # [b, 1]
-            yield Step(turns[: len(drawn), done : done + 1], drawn, logits)
-            tokens.scatter_(1, turns[:, done : done + 1], drawn.repeat(len(contexts), 1))
-            start_pos = end
+            logits = guidance.combine(contexts, self.logits(y[:, -m:]), share)  # [b, m, V]
+            drawn = sample_tokens(logits, sampling, generator)  # [b, m]
+            yield Step(turns[: len(drawn), done : done + m], drawn, logits)
+            tokens.scatter_(1, turns[:, done : done + m], drawn.repeat(len(contexts), 1))
+            start_pos, done = last + 1, done + m
 
 
 # ------------------------------------------------------------------------------------------------
@@ -278,9 +285,12 @@ class RAR(Merged):
         # Rows 0 and 1 of the tables of positions are those of cls and the class.
         first_two = self.pos_embed[:, :2].expand(len(x), -1, -1)
         own = torch.cat([first_two, self.pos_embed[0, 2 + order]], dim=1)  # [b, 2 + n, d]
-        next_one = self.target_aware_pos_embed[0, 2 + order]  # P: [b, n, d]
+        next_one = self.position_instruction_tokens(None, order)  # P: [b, n, d]
         condition = class_token + self.timesteps_embeddings[:, : x.shape[1]]
         return own + F.pad(next_one, (0, 0, 1, 1)) + x, condition
+
+    def position_instruction_tokens(self, cos_sin, positions):
+        return self.target_aware_pos_embed[0, 2 + positions]  # [b, n, d]
 
     def hidden_states(self, x, condition, caches=None, start_pos=0):
         """Through all layers: x, condition [b, n, d] -> [b, n, d], as the head takes it."""

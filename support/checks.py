@@ -69,11 +69,10 @@ def check_decoding(model, classes, order, steps, guidance, sampling, known, angl
         raise UserError(f"drafts must be 1 or more, and without steps, not {drafts} and {steps}")
 
     # What a model without position instruction tokens of their own cannot do
-    parallel = drafts is not None or (steps is not None and 0 < steps < n)
-    more_than_it_can = parallel or guidance.scg != 1 or angles is not None
-    if not model.decodes_in_parallel and more_than_it_can:
-        raise UserError(f"a model of the kind {model.kind!r} decodes one token a step (steps -1), "
-                        "on its own grid, without spatial contextual guidance (scg 1)")
+    more = drafts is not None or queries == "isolated" or guidance.scg != 1 or angles is not None
+    if more and not model.inserts_instructions:
+        raise UserError(f"a model of the kind {model.kind!r} decodes on its own grid, with causal "
+                        "queries, without drafts and spatial contextual guidance (scg 1)")
 
 
 def config_of(config_class, settings, path):

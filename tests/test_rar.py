@@ -146,8 +146,9 @@ def test_decoding_with_a_cache_has_the_logits_of_training(batch, kind):
     assert torch.allclose(model(tokens, classes, order)[0], logits, atol=1e-4)
 
 
-def test_dense_decodes_in_parallel_as_randar_does(batch):
-    (_, classes, order), model = batch, small("dense")
+@pytest.mark.parametrize("kind", ["dense", "merge", "rar"])
+def test_they_decode_in_parallel_as_randar_does(batch, kind):
+    (_, classes, order), model = batch, small(kind)
     made = list(model.decode(classes, order, steps=5, cfg=(1, 1), generator=seeded(0)))
     assert [step.tokens.shape[1] for step in made] == step_sizes(N, 5)
     tokens = torch.cat([step.tokens for step in made], dim=1)
@@ -156,6 +157,21 @@ def test_dense_decodes_in_parallel_as_randar_does(batch):
     for step in made:  # of a step's tokens the first has the context that it has in training
         assert torch.allclose(step.logits[:, 0], logits[:, done], atol=1e-4)
         done += step.tokens.shape[1]
+
+
+@pytest.mark.parametrize("kind, prefix", [("rar", 2), ("merge", 1)])
+def test_without_instructions_of_their_own_a_step_asks_the_last_token_again(batch, kind, prefix):
+    (tokens, classes, order), model, k = batch, small(kind), 5
+    known = order[:, :k], tokens.gather(1, order[:, :k])
+    [step] = model.decode(classes, order[:, k:k + 3], 1, (1, 1), known=known)
+    x, where = model.sequence(tokens, classes, order)
+    last, queries = prefix + k - 1, []
+    for turn in (k, k + 1, k + 2):  # as if this turn came next
+        other = torch.cat([order[:, :k], order[:, turn:turn + 1], order[:, k:turn], order[:, turn + 1:]], 1)
+        queries.append(model.sequence(tokens, classes, other)[0][:, last])
+    x = torch.cat([x[:, :last], torch.stack(queries, dim=1)], dim=1)
+    y = model.hidden_states(x, where[:, [*range(last), last, last, last]])
+    assert torch.allclose(model.logits(y[:, -3:]), step.logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("power", [None, 0, 1.0, 2.75])
@@ -197,8 +213,8 @@ def test_generate_puts_what_decode_yields_where_it_belongs(batch, kind):
 
 
 @pytest.mark.parametrize("options, complaint", [
-    (dict(steps=5), "decodes one token a step"), (dict(drafts=4), "decodes one token a step"),
-    (dict(scg=2.0), "without spatial contextual guidance"),
+    (dict(queries="isolated"), "with causal queries"), (dict(drafts=4), "without drafts"),
+    (dict(scg=2.0), "and spatial contextual guidance"),
     (dict(angles=torch.zeros(16, 8)), "on its own grid"),
     (dict(power=-1), "power must be 0 .* or more, not -1")])
 @pytest.mark.parametrize("kind", ["rar", "merge"])
