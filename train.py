@@ -307,7 +307,7 @@ def draw_loss(log, path):
         axes.plot([x["step"] for x in lines], [x[name] for x in lines], ".-", label=name)
     axes.set(xlabel="training step", ylabel="nats a token")
     axes.legend()
-    border.write_safely(path, lambda partial: figure.savefig(partial, format="png"))
+    pictures.save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from matplotlib import pyplot  # noqa: E402
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from randar import default_steps, generation_order, load_randar  # noqa: E402
-from support import border, toy  # noqa: E402
+from support import border, pictures, toy  # noqa: E402
 from support.pictures import UNDECODED, to_uint8  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
@@ -111,7 +111,7 @@ def main():
 
     draw_training(figure)
     draw_decoding(figure, model, tokenizer)
-    border.write_safely(HERE / "randar.png", lambda path: figure.savefig(path, format="png"))
+    pictures.save_figure(figure, HERE / "randar.png")
 
 
 if __name__ == "__main__":

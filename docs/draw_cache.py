@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from support import border  # noqa: E402
+from support import pictures  # noqa: E402
 
 SIZES = [1, 2, 3]  # tokens that the steps decode
 LOOKS = {  # first letter of a label: colour of the box, of the text, line; also readable in grey
@@ -112,7 +112,7 @@ def main():
     legend = "bar: what the step writes      stroke: what the next step overwrites"
     legend += "      dashed: queries"
     axes.text(0.05, 0.14, legend, va="center", fontsize=11, color="#444444")
-    border.write_safely(HERE / "cache.png", lambda path: figure.savefig(path, format="png"))
+    pictures.save_figure(figure, HERE / "cache.png")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import math
+import pathlib
 import time
 from statistics import fmean, median
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from randar import (SIZES, Config, RandAR, default_steps, generation_order, load_randar,
                     step_sizes)
 from rar import RAR, RAR_SIZES, RARConfig
-from support import border
+from support import border, pictures
 from support.border import decoding_precision
 from support.speed import (compile_layers, matrix_rate, mixed_precision, speed_up_cpu, sustained,
                            training_flops)
@@ -280,12 +281,14 @@ def draw(result, path):
         axes.plot([row[x] for row in rows], [row[y] for row in rows], "o-", label=label)
         axes.set(xlabel=x, ylabel="seconds", yscale="log")
         axes.legend()
-    border.write_safely(path, lambda partial: figure.savefig(partial, format="png"))
+    pictures.save_figure(figure, path)
 
 
 def bench(args):
     """Measure as the command line says, print the tables, write them and the picture."""
-    device, out = border.pick_device(args.device), border.writable_folder(args.out)
+    device, out = border.pick_device(args.device), pathlib.Path(args.out)
+    for name in ("bench.json", "bench.png"):
+        border.output(out / name)
     side = {"tiny": 8, "toy": 8, "fine": 16}.get(args.size)  # tokens, of our own worlds
     toy, gpu, settings = side is not None, device.type == "cuda", SIZES[args.size]
     if toy:

@@ -211,8 +211,7 @@ def draw_pairs(examples, layer, title, path):
             axes.set_title(f"{pair.name}, round {r}: {right.sum()} of {len(right)}")
             axes.axis("off")
     figure.suptitle(f"{title}\ngreen, solid: right; red, dashed: wrong")
-    kind = pictures.picture_format(path)
-    border.write_safely(path, lambda partial: figure.savefig(partial, format=kind))
+    pictures.save_figure(figure, path)
 
 
 def draw_tables(tables, path):
@@ -225,8 +224,7 @@ def draw_tables(tables, path):
                           color=f"C{i}", label=f"{name}, round {r}")
         axes.set(xlabel="after layer", ylabel=f"{label}, %")
         axes.legend()
-    kind = pictures.picture_format(path)
-    border.write_safely(path, lambda partial: figure.savefig(partial, format=kind))
+    pictures.save_figure(figure, path)
 
 
 def match(model, tokenizer, args):
@@ -278,6 +276,7 @@ def main():
     args = parser.parse_args()
     with border.one_line_errors():
         pictures.picture_format(args.out)  # before hours of work
+        border.output(args.out)
         if args.data and len(args.ckpt) > 1:
             raise UserError("--data is for one model: give one --ckpt")
         device = border.pick_device(args.device)

@@ -4,6 +4,7 @@ Images are float tensors [n, 3, h, w] in [-1, 1] where networks see them, *pixel
 uint8 [n, h, w, 3] everywhere else.
 """
 
+import io
 import math
 import os
 import pathlib
@@ -149,3 +150,10 @@ def save_picture(picture, path, **options):
     info.add_text("Software", MARK.decode())
     options |= {"pnginfo": info} if kind == "png" else {"comment": MARK}
     write_safely(path, lambda partial: picture.save(partial, format=kind, **options))
+
+
+def save_figure(figure, path):
+    """Write a figure of matplotlib likewise."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    save_picture(Image.open(file).convert("RGB"), path)

@@ -142,13 +142,15 @@ KEPT = {  # a file that was there before, or a command's own input, stays
     "train.py --data tokens --steps 1 --out other": "other/tokenizer.pt is another tokenizer",
     "train.py --size tiny --steps 1 --out my": "my/tokens holds tokens of .*photos: add --data my/tokens",
     "studies/evaluate.py --samples a.npz --out said.json": "said.json is there already",
+    "studies/features.py --out photos/cat/1.png": "photos/cat/1.png is there already",
+    "studies/bench.py --seconds 1 --out own": "own/bench.json is there already",
     "support/judge.py --steps 1 --out tok.pt": "tok.pt is there already"}
 
 
 @pytest.mark.parametrize("line", KEPT)
 def test_what_a_command_did_not_make_is_refused_before_the_work_and_stays(here, run, capsys, line):
-    for folder, file in (("own", "log.jsonl"), ("other", "tokenizer.pt"), ("shards", "labels.npy")):
-        (here / folder).mkdir()
+    for folder, file in (("own", "log.jsonl"), ("own", "bench.json"), ("other", "tokenizer.pt"), ("shards", "labels.npy")):
+        (here / folder).mkdir(exist_ok=True)
         (here / folder / file).write_text("somebody's")
     shutil.copytree("tokens", "my/tokens")
     before = files_of(here)
