@@ -172,7 +172,8 @@ def outpaint(model, tokenizer, images, grid, classes, corner=(0, 0), **options):
 def outpaint_by_windows(model, tokenizer, images, grid, classes, corner=(0, 0), **options):
     """The baseline: a window of the grid of training, under its angles, moves on by half its size.
 
-    Nothing is extrapolated, but what has left the window is forgotten. All else as for outpaint.
+    Nothing is extrapolated, but what has left the window is forgotten. How far it moves at a time
+    the paper does not say. All else as for outpaint.
     """
     tokens = place_image(images, tokenizer, grid, corner)  # [b, H, W]
     h, w = min(grid[0], model.config.grid[0]), min(grid[1], model.config.grid[1])
@@ -234,7 +235,7 @@ def extrapolate(model, tokenizer, classes, factor=2, hierarchical=True, frequenc
                 steps=-1, cfg=(3.0, 3.0), **sampling):
     """New images of `factor` times the resolution of training: (images, tokens [b, factor^2 N]).
 
-    classes: int64 [b], model.null_class for none. Each part can be switched off, as in Fig. 6:
+    classes: int64 [b], model.null_class for none. Each part can be switched off:
     hierarchical=False decodes all tokens in one go, frequencies=0 interpolates all angles, scg=1 is
     no spatial contextual guidance. steps are those of both decodings, and so is sampling: order,
     by name, temperature, generator, ... Images are float [b, 3, H, W] in [-1, 1].
@@ -255,7 +256,7 @@ def extrapolate(model, tokenizer, classes, factor=2, hierarchical=True, frequenc
     return tokenizer.decode(tokens, large), tokens
 
 
-PARTS = {  # what differs from the whole method, in the order of the paper's argument (Fig. 6)
+PARTS = {  # what differs from the whole method; in Fig. 6 there is no row for the mix alone
     "naive": dict(hierarchical=False, frequencies=0, scg=1.0),
     "+ hierarchical order": dict(frequencies=0, scg=1.0),
     "+ frequency mix": dict(scg=1.0),
@@ -314,8 +315,9 @@ def features_by_layer(model, tokens, classes=None, rounds=2, order=None, generat
 def encode_features(model, tokens, classes=None, rounds=2, layer=None, **options):
     """Bi-directional features of images (Eq. 8), of the last round: [b, N, d] in raster order.
 
-    layer: after which one, 1 to n_layer; None: at two thirds of the depth (24 of 36 was best in the
-    paper). options: order, generator, grid; these and all else as in features_by_layer.
+    layer: after which one, 1 to n_layer; None: at two thirds of the depth (24 of 36 was the best of
+    the three that the paper tried). options: order, generator, grid; these and all else as in
+    features_by_layer.
     """
     layers = features_by_layer(model, tokens, classes, rounds, **options)
     for _, features in zip(range(checked_layer(model, layer)), layers):
@@ -353,7 +355,7 @@ def nearest_points(source, target, points, source_size, target_size):
     places = points.to(source.device) / size * 2 - 1  # grid_sample counts from -1 to 1
     wanted = F.grid_sample(source, places[None, None], padding_mode="border", align_corners=False)
 
-    # and those of all pixels of the target; directions count, not lengths.
+    # and those of all pixels of the target. The nearest by cosine; the paper: by dot product.
     pixels = F.interpolate(target, tuple(target_size), mode="bilinear")[0].flatten(1)  # [d, pixels]
     likeness = wanted[0, :, 0].T @ F.normalize(pixels, dim=0)  # [k, pixels]
     best = likeness.argmax(dim=1)  # a raster index of pixels
@@ -487,7 +489,7 @@ def outpaint_command(args, model, tokenizer, names):
 
 
 def extrapolate_command(args, model, tokenizer, names):
-    """draw more tokens than in training, and what each part of the method does to it (Fig. 6)"""
+    """draw more tokens than in training, and what each part of the method does (as Fig. 6)"""
     chosen = parse_classes(args.classes, names) if args.classes else range(len(names))
     classes = [chosen[i % len(chosen)] for i in range(args.number)]
     classes = torch.tensor(classes, device=args.device)

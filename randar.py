@@ -131,7 +131,8 @@ def generation_order(name, batch, grid, generator=None, device=None):
         "spiral_in": walk.argsort(),  # the turn of each position
         "spiral_out": -walk.argsort(),
         "z_curve": sum((2 * (row >> i & 1) + (column >> i & 1)) * 4**i for i in range(16)),
-        "subsample": (2 * (row % 2) + column % 2) * h * w + positions,  # four coarse images
+        # Four coarse images: Fig. A, on 4 x 4 tokens, could mean other orders of more tokens.
+        "subsample": (2 * (row % 2) + column % 2) * h * w + positions,
         "alternate": row * w + torch.where(row % 2 == 0, column, w - 1 - column),  # there and back
         "hierarchical": random + ((row % 2 == 1) | (column % 2 == 1)),  # a coarse image, the rest
         "center_first": random + ~middle,
@@ -170,13 +171,13 @@ def step_sizes(num_tokens, steps):
         share = 1 - math.cos(math.pi / 2 * (k + 1) / steps)
         target = min(num_tokens, int(share * num_tokens + 1))  # tokens after this step
         if k == 0 and steps > 1:
-            target = 1  # in a blank image two have nothing to agree with (released code: always)
+            target = 1  # in a blank image two have nothing to agree with (Alg. B)
         sizes.append(max(1, target - sum(sizes)))
     return sizes
 
 
 def default_steps(num_tokens):
-    """The paper's 88 steps for 256 tokens, and in proportion: 22 for 64."""
+    """The paper's 88 steps for 256 tokens; in proportion, which is ours, 22 for 64."""
     return max(1, round(num_tokens * 88 / 256))
 
 
@@ -479,15 +480,15 @@ class RandAR(nn.Module):
         """Decode step by step: an iterator of Step(positions, tokens, guided logits).
 
         classes: int64 [b], 0 .. C - 1, or null_class; order: a name of ORDERS (None: that of its
-        training), or positions, int64 [b, n], of all the image or a part; steps: T (None: as the
-        paper, 88 for 256 tokens; -1: one token a step); cfg, scg, power: see Guidance; temperature,
-        top_k, top_p: see Sampling; generator: a torch.Generator on the model's device; known:
-        (positions, tokens), int64 [b, k], context before all else, left as it is; angles: float
-        [N, D / 2], of another grid; queries: "causal", as the paper, or "isolated": no query of a
-        step sees another one; drafts: None, or how many tokens a step drafts in exact parallel
-        decoding, in place of `steps`. Raises UserError, before the first step, for what does not
-        fit; from then on the host never waits for the device (in exact decoding, once a step). In
-        training mode dropout is at work.
+        training), or positions, int64 [b, n], of all the image or a part; steps: T (None: 88 for
+        256 tokens, as the paper, but of rar.Merged -1: one token a step); cfg, scg, power: see
+        Guidance; temperature, top_k, top_p: see Sampling; generator: a torch.Generator on the
+        model's device; known: (positions, tokens), int64 [b, k], context before all else, left as
+        it is; angles: float [N, D / 2], of another grid; queries: "causal", as the paper, or
+        "isolated": no query of a step sees another one; drafts: None, or how many tokens a step
+        drafts in exact parallel decoding, in place of `steps`. Raises UserError, before the first
+        step, for what does not fit; from then on the host never waits for the device (in exact
+        decoding, once a step). In training mode dropout is at work.
         """
         grid, device = self.config.grid, classes.device
         order = self.order if order is None else order

@@ -11,9 +11,9 @@ sides. From RandAR to RAR it is two small steps and another decoder:
 
 Half the length is half the cost; but where to go next is asked at the token before, and several
 questions at once have no place of their own: one token a step. In parallel the last token is asked
-again and again, which no training has shown it: much worse, as the RandAR paper found. Dense and
-Merged are of RandAR's Table 2; all other sections, tables and equations in this file are of RAR's
-first arXiv version.
+again and again, which no training has shown it: much worse, says RandAR's paper too (Sec. 4.2).
+Dense and Merged are of its Table 2; all other sections, tables and equations in this file are of
+RAR's first arXiv version.
 
     randomness            how many images are shuffled, and when (Sec. 3.2)
     Dense, Merged         RandAR with other position instruction tokens
@@ -133,7 +133,7 @@ class Merged(Dense):
 # In place of RandAR's rotary angles, RMSNorm and SwiGLU: learned positions, LayerNorm and GELU.
 # Queries and keys are normalised, too. And there is a *condition* for each token, made of the class
 # and of the token's place in the sequence, which shifts, scales and gates what every layer does
-# (adaLN, from diffusion models).
+# (adaLN, from diffusion models). The paper's ablations, its Tables 2 and 3, go without it.
 
 
 @dataclass
@@ -149,7 +149,7 @@ class RARConfig(Config):
 RAR_SIZES = {
     "tiny": dict(dim=64, n_layer=4, n_head=2, mlp=256, dropout=0.0),  # ours, 0.5M
     "toy": dict(dim=128, n_layer=4, n_head=4, mlp=512, dropout=0.0),  # ours, 1.7M
-    "S": dict(dim=768, n_layer=12, n_head=16, mlp=3072),  # 133M
+    "S": dict(dim=768, n_layer=12, n_head=16, mlp=3072),  # 133M; that it has 16 heads is a guess
     "B": dict(dim=768, n_layer=24, n_head=16, mlp=3072),  # 261M
     "L": dict(dim=1024, n_layer=24, n_head=16, mlp=4096),  # 461M
     "XL": dict(dim=1280, n_layer=32, n_head=16, mlp=5120),  # 955M

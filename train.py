@@ -38,9 +38,10 @@ from tokenizer import load_tokenizer
 # ------------------------------------------------------------------------------------------------
 # The recipe
 #
-# The numbers are the paper's (Sec. 4.1), but gradient clipping and dropout in layers: these are the
-# released code's. Small models take larger steps, and in the plain world need not forget anything.
-# The authors' released weights come from another schedule: warm-up, and a cosine.
+# The numbers are the paper's (Sec. 4.1). Gradient clipping and dropout in layers are the released
+# code's; micro-batches, pictures, and decaying matrices only are ours. Small models take larger
+# steps, and in the plain world need not forget anything. The authors' released weights come from
+# another schedule: warm-up, and a cosine.
 
 RECIPE = {  # flag: (default, type, text)
     "steps": (360_000, positive_int, "training steps"),
@@ -69,7 +70,7 @@ RECIPES = TOY_SIZES | {  # of a size, instead of the paper's
     "M": NIGHT | {"steps": 60_000, "micro_batch": 64, "learning_rate": 6e-4},
     "XXL": {"micro_batch": 16},  # 32 would just not fit into 80 GB
 }
-RAR_RECIPE = {  # of RAR's own sizes: its Table 6
+RAR_RECIPE = {  # of RAR's own sizes: its Table 6; the micro-batch is ours
     "steps": 250_000, "batch_size": 2048, "micro_batch": 32, "learning_rate": 4e-4,
     "warm_up": 1 / 4, "descent": 3 / 4, "schedule": "cosine", "weight_decay": 0.03, "beta2": 0.96}
 SIZES_OF = {"randar": SIZES, "rar": RAR_SIZES}

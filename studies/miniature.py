@@ -155,16 +155,17 @@ RUNS = {  # file: the runs that a table or figure of the paper compares
     # Figure 4a, Table B: quality against training steps, two sizes
     "training": [run_of(model, trained=steps)
                  for model in ("toy", "tiny") for steps in TRAININGS[model][1]],
-    # Table D: spatial contextual guidance at training resolution, off and on; the second model has
-    # lost tokens in training as well, which is the paper's reason why it should help
-    "scg": [run_of(model, scg=scg) for model in ("toy", "dropout") for scg in (1.0, 1.2, 1.5)],
+    # Table D: spatial contextual guidance at training resolution, off and on. "dropout" is "tiny" that
+    # has lost tokens in training as well: the paper's reason why it should help
+    "scg": [run_of(model, scg=scg) for model in ("toy", "tiny", "dropout")
+            for scg in (1.0, 1.2, 1.5)],
     "fine_scg": [run_of("fine", 88, scg=scg, trained=FINE_STEPS) for scg in (1.0, 1.2, 1.5, 2.0)],
     # Not in the paper: queries that do not see each other, and exact parallel decoding
     "exact": ways("toy", "random", (4, 8, 12, PARALLEL, ALL), (2, 4, 8)),
     "exact_orders": [run for order in ("raster", "hierarchical")
                      for run in ways("toy", order, (8, ALL), (8,))],
     "fine_exact": ways("fine", "random", (16, 32, 48, 88, 256), (8,), FINE_STEPS),
-    # Figure 6, App. F: twice and three times the resolution, part by part
+    # Figure 6, App. F: twice the resolution, part by part; the mix alone and three times are ours
     "extrapolation": [WHOLE | parts for parts in PARTS.values()],
     "frequencies": [WHOLE | dict(frequencies=k, scg=1.0) for k in (0, 1, 2, 3, 4, 8, 16)],
     "enlarged_scg": [WHOLE | dict(scg=scg) for scg in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)],
@@ -266,8 +267,8 @@ def mean_and_spread(row, figure):
 def show(rows, label):
     """Prints a line for each row: mean and spread of each figure; label: a run -> a line's name."""
     table = []
+    measured = [x for x in FIGURES if all(x in row["results"][0] for row in rows)]  # some: no sFID
     for row in rows:
-        measured = [x for x in FIGURES if x in row["results"][0]]  # the first runs had no sFID
         cells = [mean_and_spread(row, name) for name in measured]
         texts = {name: f"{x:.3f} ±{spread:.3f}" for name, (x, spread) in zip(measured, cells)}
         table.append({"": label(row["run"])} | texts)
