@@ -553,7 +553,7 @@ def parse():
 
 def main():
     """Draw the rows of a command, and say what the judge sees in them."""
-    with border.one_line_errors(smaller="--number"):
+    with border.one_line_errors(smaller="--number, or give a smaller --image"):
         args = parse()
         pictures.picture_format(args.out)
         border.output(args.out, others=[getattr(args, "image", None), getattr(args, "mask", None)])

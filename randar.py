@@ -683,4 +683,6 @@ def load_randar(path, device="cpu"):
 
     model, content = checks.load_network(path, rar.recognise, device)
     model.class_names, model.order = content.get("class_names"), content.get("order", model.order)
+    if model.order not in ORDERS or not all(isinstance(x, str) for x in model.class_names or []):
+        raise UserError(f"{path} names an order or classes that there are not: it is damaged")
     return model

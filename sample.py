@@ -234,7 +234,7 @@ def say_verdict(name, images, classes, world):
 
 def main():
     """The command, in each of the processes that share the work."""
-    with border.one_line_errors():
+    with border.one_line_errors(smaller="--batch-size"):
         args = parse()
         rank, processes, device = border.join_processes(args.device)
         model, tokenizer = load_models(args.ckpt, args.tokenizer, device)

@@ -439,7 +439,8 @@ def main():
     args = parser.parse_args()
 
     # Encoding and packing, if interrupted, go on when the same command is given again.
-    with border.one_line_errors():
+    smaller = {"train": "--image-size", "encode": "--batch-size"}.get(args.command)
+    with border.one_line_errors(smaller):
         if args.command == "train":
             train_command(args)
         elif args.command == "encode":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from randar import ORDERS, SIZES, generation_order, save_randar
 from rar import KINDS, RAR_SIZES, randomness
-from support import border, classes, data, pictures, released, toy
+from support import border, checks, classes, data, pictures, released, toy
 from support.border import (UserError, decoding_precision, fraction, positive_float,
                             positive_int)
 from support.speed import checkpoint_activations, mixed_precision, speed_up_cpu, throughput
@@ -74,7 +74,7 @@ RAR_RECIPE = {  # of RAR's own sizes: its Table 6; the micro-batch is ours
     "steps": 250_000, "batch_size": 2048, "micro_batch": 32, "learning_rate": 4e-4,
     "warm_up": 1 / 4, "descent": 3 / 4, "schedule": "cosine", "weight_decay": 0.03, "beta2": 0.96}
 SIZES_OF = {"randar": SIZES, "rar": RAR_SIZES}
-PARTS = ("config", "model", "optimizer")  # what training.pt must have
+PARTS = ("config", "model", "optimizer", "step")  # what training.pt must have
 DRAWN = {"plain": 40_000, "fine": 100_000}  # pictures of each of toy.WORLDS
 
 
@@ -121,7 +121,8 @@ def open_tokens(args, rank, processes, device):
         return data.TokenFolder(world)
 
     if rank == 0 and not (folder / "labels.npy").is_file():
-        path = args.tokenizer or toy.folder(world) / "tokenizer.pt"
+        path = released.file_of(args.tokenizer or toy.folder(world) / "tokenizer.pt")
+        place_of_copy(args, path)  # before the work
         tokenizer = load_tokenizer(path, device)
         images, labels, _ = toy.make(DRAWN[world], seed=0, world=world)
         data.encode_images(images, labels, toy.CLASSES, tokenizer, path, folder,
@@ -133,6 +134,14 @@ def open_tokens(args, rank, processes, device):
         raise UserError(f"{folder} holds tokens of {tokens.source}: add --data {folder} to learn "
                         "from them, or give another --out")
     return tokens
+
+
+def place_of_copy(args, path):
+    """Where the tokenizer goes, beside the weights. UserError if another one is there."""
+    copied = pathlib.Path(args.out, "tokenizer.pt")
+    if copied.is_file() and not filecmp.cmp(path, copied, shallow=False):
+        raise UserError(f"{copied} is another tokenizer than {path}: give another --out")
+    return copied
 
 
 def training_batch(tokens, step, args, part):
@@ -333,9 +342,7 @@ def open_run(args, rank, processes, device):
     same = tokens.fingerprint in (None, facts["fingerprint"])
     if facts["codes"] != tokens.codebook_size or not same:
         raise UserError(f"{path} did not make the tokens: give --tokenizer the one that did")
-    copied = pathlib.Path(args.out, "tokenizer.pt")
-    if copied.is_file() and not filecmp.cmp(path, copied, shallow=False):
-        raise UserError(f"{copied} is another tokenizer than {path}: give another --out")
+    copied = place_of_copy(args, path)
 
     # A model that knows nothing yet
     torch.manual_seed(args.seed)
@@ -363,7 +370,7 @@ def open_run(args, rank, processes, device):
             same = same and saved.get("settings", {}).get(name) == getattr(args, name)
         if not same:
             raise UserError(f"{args.out} holds another training: leave its flags, or change --out")
-        model.load_state_dict(saved["model"])
+        checks.load_weights(model, saved["model"], f"{args.out}/training.pt")
         optimizer.load_state_dict(saved["optimizer"])
         state |= {name: saved[name] for name in state if name in saved}
     if state["step"] >= args.steps:
@@ -426,7 +433,7 @@ def main():
             raise UserError(f"{args.out} holds a training: add --resume, or give another --out")
         else:  # what is there is not ours
             for name in (f"{args.model}.pt", "log.jsonl", "loss.png", "samples.png"):
-                if (path.parent / name).exists():
+                if (path.parent / name).exists() and not border.is_ours(path.parent / name):
                     raise UserError(f"{path.parent / name} is there already: give another --out")
         args = parser.parse_args()
         args.order = args.order or ("raster" if args.anneal else "random")

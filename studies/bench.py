@@ -284,6 +284,12 @@ def draw(result, path):
     pictures.save_figure(figure, path)
 
 
+def write(result, out):
+    """All figures so far into the folder `out`."""
+    text = json.dumps(result, indent=1)
+    border.write_safely(out / "bench.json", lambda partial: partial.write_text(text))
+
+
 def bench(args):
     """Measure as the command line says, print the tables, write them and the picture."""
     device, out = border.pick_device(args.device), pathlib.Path(args.out)
@@ -310,8 +316,11 @@ def bench(args):
     if not gpu:
         speed_up_cpu()
     recipe = {name: value for name, (value, *_) in RECIPE.items()} | RECIPES.get(args.size, {})
-    micro = recipe["micro_batch"] if gpu else min(batch, recipe["micro_batch"])
-    model, compiled = RandAR(Config(**settings)).to(device), border.can_compile(device)
+    micro = recipe["micro_batch"] if gpu else batch
+    micro = min(micro, args.batch_size or micro, recipe["micro_batch"])
+    with device:  # so that it draws XXL's weights
+        model = RandAR(Config(**settings))
+    compiled = border.can_compile(device)
     if not args.no_training:
         result["training"] = show(training_rows(model, micro, rates[learn], args.seconds, compiled,
                                                 recipe["batch_size"] // micro))
@@ -325,12 +334,13 @@ def bench(args):
     ways = [("cached", *sizes) for sizes in itertools.product(images, steps)]
     ways += [("uncached", batch, count) for count in steps]
     model.eval().to(draws)
-    rows = sampling_rows(model, ways, rates[draws], speed, args.seconds)
+    result["sampling"] = show(sampling_rows(model, ways, rates[draws], speed, args.seconds))
+    write(result, out)  # to compile may take longer than there is time
     if gpu and compiled:
         compile_layers(model)
         ways = [("compiled", *sizes) for way, *sizes in ways if way == "cached"]
-        rows += sampling_rows(model, ways, rates[draws], speed, args.seconds)
-    result["sampling"] = show(rows)
+        rows = sampling_rows(model, ways, rates[draws], speed, args.seconds)
+        result["sampling"] += show(rows)
 
     # Exact parallel decoding, of the weights that ship
     shipped = {"toy": "randar_toy.pt", "fine": "fine/randar.pt"}.get(args.size)
@@ -340,9 +350,7 @@ def bench(args):
         rows += exact_rows(model, args.seconds, compiled=True) if compiled else []
         result["exact"] = show(rows)
 
-    # Files
-    text = json.dumps(result, indent=1)
-    border.write_safely(out / "bench.json", lambda partial: partial.write_text(text))
+    write(result, out)
     if not args.no_training:  # the picture is of all of it
         draw(result, out / "bench.png")
     print(f"wrote the figures into {out}")
@@ -359,10 +367,11 @@ def main():
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     add("--out", default="bench", help="folder for picture and figures (default: bench)")
     args = parser.parse_args()
-    with border.one_line_errors():
+    with border.one_line_errors(smaller="--batch-size"):
         if args.rar:
             device = border.pick_device(args.device)
-            for compiled in (False, True) if device.type == "cuda" else (False,):
+            gpu = device.type == "cuda" and border.can_compile(device)
+            for compiled in (False, True) if gpu else (False,):
                 show(rar_rows(args.rar, args.batch_size or 64, device, args.seconds, compiled))
         else:
             bench(args)

@@ -88,6 +88,8 @@ def judge_features(pixels, device="cpu"):
 
 def load_inception(path, device="cpu"):
     """The network in inception-2015-12-05.pt of StyleGAN's metrics. UserError for another file."""
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"no file at {path}: give inception-2015-12-05.pt of StyleGAN's metrics")
     try:
         # TorchScript is a program and runs by design: take it from a source that you trust.
         network = torch.jit.load(path, map_location=device).eval()
@@ -193,7 +195,7 @@ def read_npz(path):
         pixels = arrays["arr_0"]
     except Exception as error:  # a damaged file may raise anything in numpy, zip
         raise UserError(f"{path} is not an .npz with pictures in arr_0 ({error})") from None
-    if pixels.dtype != np.uint8 or pixels.ndim != 4:
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):
         raise UserError(f"arr_0 of {path} is {pixels.dtype} {list(pixels.shape)}, not uint8 "
                         "[n, H, W, 3]")
     return arrays

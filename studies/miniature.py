@@ -1,7 +1,8 @@
 """The paper in miniature: trains and measures what notebook 8 shows. Both go on where they stopped.
 
     python -m studies.miniature train     models into checkpoints/miniature: five hours on one core
-    python -m studies.miniature measure   figures into studies/miniature: an hour and a half
+    python -m studies.miniature measure   figures into studies/miniature: some two minutes for each
+                                          run and seed on one core, eleven hours for all of them
 
     TRAININGS, train      the same data, batch, number of steps and recipe for all models
     RUNS                  what each table and figure of the paper compares
@@ -155,8 +156,8 @@ RUNS = {  # file: the runs that a table or figure of the paper compares
     # Figure 4a, Table B: quality against training steps, two sizes
     "training": [run_of(model, trained=steps)
                  for model in ("toy", "tiny") for steps in TRAININGS[model][1]],
-    # Table D: spatial contextual guidance at training resolution, off and on. "dropout" is "tiny" that
-    # has lost tokens in training as well: the paper's reason why it should help
+    # Table D: spatial contextual guidance at training resolution, off and on. "dropout" is "tiny",
+    # but has lost tokens in training as well: the paper's reason why it should help
     "scg": [run_of(model, scg=scg) for model in ("toy", "tiny", "dropout")
             for scg in (1.0, 1.2, 1.5)],
     "fine_scg": [run_of("fine", 88, scg=scg, trained=FINE_STEPS) for scg in (1.0, 1.2, 1.5, 2.0)],

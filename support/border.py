@@ -49,10 +49,10 @@ def command_line(docstring):
 
 
 @contextlib.contextmanager
-def one_line_errors(smaller="--batch-size"):
+def one_line_errors(smaller=None):
     """Around a command: UserError -> one line, exit code 2; Ctrl-C or SIGTERM -> "stopped", 130.
 
-    smaller: the flag to lower when the memory is too small.
+    smaller: what to lower when the memory is too small, a flag for example.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a cluster says Ctrl-C
     with contextlib.suppress(AttributeError):  # no terminal, but a notebook
@@ -71,7 +71,7 @@ def one_line_errors(smaller="--batch-size"):
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not full and "DefaultCPUAllocator" not in str(error):
             raise
-        say(f"error: out of memory: lower {smaller}")
+        say(f"error: out of memory: {f'lower {smaller}' if smaller else 'end other programs'}")
         sys.exit(2)
     finally:
         held.close()
@@ -249,6 +249,11 @@ def alone(out):
         yield
 
 
+def is_ours(path):
+    """Whether a picture says that we drew it."""
+    return path.is_file() and MARK in open(path, "rb").read(4096)
+
+
 def output(path, option="--out", others=()):
     """Keep the file `path` for this command, *before* hours of work. UserError if that cannot be.
 
@@ -256,9 +261,13 @@ def output(path, option="--out", others=()):
     somebody's work, unless it says that we drew it.
     """
     path = pathlib.Path(path)
+    try:
+        taken = path.exists() and not is_ours(path)
+    except OSError as error:  # not to be read; a name that is too long
+        raise UserError(f"cannot write {path} ({error}): give another {option}") from None
     if path.resolve() in [pathlib.Path(other).resolve() for other in others if other]:
         raise UserError(f"{path} is another file of this command: give another {option}")
-    if path.exists() and not (path.is_file() and MARK in open(path, "rb").read(4096)):
+    if taken:
         raise UserError(f"{path} is there already, and no picture of ours: give another {option}, "
                         "or delete it")
     writable_folder(path.parent, option)

@@ -80,13 +80,13 @@ def config_of(config_class, settings, path):
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     for name, x in settings.items():
         kind = type(defaults.get(name))
-        if kind is float:
-            good = isinstance(x, (int, float))
-        elif kind is bool:
-            good = isinstance(x, bool)
-        else:  # sizes, one or some
-            sizes = x if isinstance(x, (tuple, list)) else [x]
-            good = all(isinstance(size, int) and size > 0 for size in sizes)
+        if kind is float:  # dropouts
+            good = type(x) in (int, float) and 0 <= x < 1
+        elif kind is tuple:
+            good = isinstance(x, (tuple, list)) and len(x) >= 2
+            good = good and all(type(size) is int and size > 0 for size in x)
+        else:
+            good = type(x) is kind and (x > 0 or kind is bool)
         if name not in defaults or not good:
             raise UserError(f"{path} names a model with {name} = {x!r}, which there is not: it is "
                             "damaged, or of another version")
@@ -113,13 +113,17 @@ def load_network(path, recognise, device="cpu"):
     with torch.device("meta"):  # shapes without numbers: all of these come from the file
         network = network_class(config)
 
-    # One parameter too few or too many: it is another network.
+    load_weights(network.to_empty(device=device), content.get("model", content), path)
+    return network.eval(), content
+
+
+def load_weights(network, state, path):
+    """Put the weights of a file into a network. UserError where they do not fit, or are no good."""
     try:
-        network.to_empty(device=device).load_state_dict(content.get("model", content))
-    except RuntimeError as error:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # one parameter too few or too many: it is another network
         reason = str(error).splitlines()[-1].strip()  # torch names every parameter, one will do
         raise UserError(f"{path} does not fit the model that it names ({reason})") from None
     if not all(p.isfinite().all() for p in network.parameters()):
         raise UserError(f"{path} holds weights that are not finite, its training has diverged: "
                         "give another file")
-    return network.eval(), content

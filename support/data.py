@@ -213,7 +213,10 @@ def write_tokens(out, items, labels, read, convert, meta, batch_size):
             save_array(tokens, path)
 
     # The labels make the folder whole.
-    first_tokens = [np.load(path, mmap_mode="r")[:, 0, 0] for path in paths]
+    try:
+        first_tokens = [np.load(path, mmap_mode="r")[:, 0, 0] for path in paths]
+    except (ValueError, EOFError):  # a shard of an earlier start, damaged since
+        raise UserError(f"{out} is damaged: delete it and encode again") from None
     readable = np.concatenate(first_tokens) != UNREADABLE
     report_skipped([str(items[i]) for i in np.flatnonzero(~readable)])
     if not readable.any():
@@ -258,6 +261,8 @@ class TokenFolder:
             self.labels, self.crops = np.load(folder / "labels.npy"), self.shards[0].shape[1]
             self.source = meta.get("images", "")  # where its images come from
             whole = sum(map(len, self.shards)) == len(self.labels)
+            whole &= self.shards[0].shape[2] == math.prod(self.grid)
+            whole &= all(isinstance(name, str) for name in (self.tokenizer, *self.class_names))
 
             # Each is read once before a training of days: no token may be beyond the codes.
             ends = np.cumsum([len(shard) for shard in self.shards])

@@ -11,9 +11,10 @@ import sys
 
 import pytest
 from helpers import ROOT, SMALL, files_of, typed
+from PIL import Image
 
 import randar
-from support import border
+from support import border, pictures
 
 # ------------------------------------------------------------------------------------------------
 # Every command that the documents show
@@ -35,7 +36,8 @@ def commands():
                 part = part.split("#")[0].strip()
                 if re.match(r"(python|torchrun) ", part) and "..." not in part:
                     found[part] = document.name
-    return found
+    script = (ROOT / "studies" / "gpu.sh").read_text().replace("\\\n", " ")
+    return found | {line: "gpu.sh" for line in re.findall(r"python -m .*?(?= 2>)", script)}
 
 
 def test_the_page_to_step_through_is_its_template_with_data_and_nothing_from_elsewhere():
@@ -77,7 +79,7 @@ def test_every_command_in_the_documents_parses(line, monkeypatch):
 def test_the_documents_show_commands_of_every_file():
     said = " ".join(commands())
     for name in ("train.py", "sample.py", "apps.py inpaint", "apps.py extrapolate", "tokenizer.py encode",
-                 "studies.bench", "studies.evaluate", "studies.miniature", "support.toy"):
+                 "studies.bench --size XXL", "studies.evaluate", "studies.miniature", "support.toy"):
         assert name in said, name
 
 
@@ -142,6 +144,8 @@ KEPT = {  # a file that was there before, or a command's own input, stays
     "train.py --data tokens --steps 1 --out other": "other/tokenizer.pt is another tokenizer",
     "train.py --size tiny --steps 1 --out my": "my/tokens holds tokens of .*photos: add --data my/tokens",
     "studies/evaluate.py --samples a.npz --out said.json": "said.json is there already",
+    "train.py --size tiny --steps 1 --out other": "other/tokenizer.pt is another tokenizer",
+    f"{SAMPLE} --out {'a' * 300}.png": "cannot write aaa.* too long",
     "studies/features.py --out photos/cat/1.png": "photos/cat/1.png is there already",
     "studies/bench.py --seconds 1 --out own": "own/bench.json is there already",
     "support/judge.py --steps 1 --out tok.pt": "tok.pt is there already"}
@@ -162,6 +166,13 @@ def test_what_a_command_did_not_make_is_refused_before_the_work_and_stays(here, 
 def test_a_picture_of_ours_is_replaced_by_the_next_one(here, run):
     for seed in (1, 2):
         run(f"{SAMPLE} --gif --seed {seed}")
+
+
+def test_a_training_that_was_killed_before_its_first_checkpoint_starts_again(here, run):
+    pictures.save_picture(Image.new("RGB", (8, 8)), "new/samples.png")  # after 50 steps
+    shutil.copy("tok.pt", "new/tokenizer.pt")
+    run(f"train.py --data tokens --size tiny --steps 1 {SMALL} --out new")
+    assert (here / "new/training.pt").is_file()
 
 
 def test_what_another_process_is_writing_is_refused_until_that_one_has_ended(here, run, capsys):

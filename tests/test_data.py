@@ -240,6 +240,14 @@ def test_killed_while_a_file_is_written_it_goes_on_too(here, run, whole, monkeyp
     assert [*files_of(here / "tokens").values()] == whole
 
 
+def test_a_shard_that_was_damaged_meanwhile_is_named_in_one_line(here, run, whole):
+    run(f"{ENCODE} --out tokens")
+    (here / "tokens/labels.npy").unlink()
+    (here / "tokens/tokens-0001.npy").write_bytes(b"no array")
+    with pytest.raises(SystemExit, match="2"):
+        run(f"{ENCODE} --out tokens")
+
+
 def test_what_is_complete_is_neither_made_again_nor_replaced(here, run, whole, monkeypatch, capsys):
     monkeypatch.setattr(data, "read_image", lambda path, size: 1 / 0)  # nothing is read
     run(f"{ENCODE} --out whole")
@@ -412,8 +420,15 @@ def test_a_part_of_a_batch_is_that_part_of_the_whole(folder, part):
         assert all(torch.equal(a[part], b) for a, b in zip(whole, some))
 
 
+def rewrite(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize("damage", [
     lambda path: (path / "meta.json").write_text("[1, 2]"),
+    lambda path: rewrite(path / "meta.json", grid=[4, 5]),
+    lambda path: rewrite(path / "meta.json", classes=[["cat"], "dog"]),
+    lambda path: rewrite(path / "meta.json", tokenizer=5),
     lambda path: np.save(path / "labels.npy", np.zeros(11)),  # floats
     lambda path: np.save(path / "labels.npy", np.full(11, 3)),  # more classes than names
     lambda path: (path / "tokens-0001.npy").unlink(),

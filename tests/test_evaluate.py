@@ -263,6 +263,8 @@ def test_stored_statistics_are_of_one_number_of_features():
 @pytest.mark.parametrize("line, complaint", [
     ("--samples nothing.npz", "nothing.npz is no file: give an .npz with pictures in arr_0"),
     ("--samples pipe", "pipe is no file: give"),
+    ("--samples none.npz", "arr_0 of none.npz is uint8 [0, 32, 32, 3], not uint8 [n, H, W, 3]"),
+    ("--samples few.npz --inception pipe", "no file at pipe: give inception-2015-12-05.pt"),
     ("--samples cut.npz", "cut.npz is not an .npz with pictures in arr_0"),
     ("--samples float.npz", "arr_0 of float.npz is float64 [9, 32, 32, 3], not uint8 [n, H, W, 3]"),
     ("--samples named.npz", "arr_1 of the samples is <U3 [64], not integers [64]"),
@@ -272,7 +274,7 @@ def test_stored_statistics_are_of_one_number_of_features():
     ("--samples large.npz --inception NETWORKS/no_inception.pt", "inception-2015-12-05.pt")])
 def test_a_mistake_is_one_line_and_exit_code_two(measured, capsys, line, complaint):
     toys = noise(64, 0, side=32)
-    for name, pixels in {"few": toys, "large": noise(9, 0), "float": toys[:9] / 255}.items():
+    for name, pixels in {"few": toys, "none": toys[:0], "large": noise(9, 0), "float": toys[:9] / 255}.items():
         np.savez(f"{name}.npz", arr_0=pixels)
     np.savez("named.npz", arr_0=toys, arr_1=["cat"] * 64)
     Path("cut.npz").write_bytes(Path("few.npz").read_bytes()[:5000])
