@@ -56,7 +56,7 @@ TRAININGS = {  # name: flags of train.py, and the steps at which weights are kep
     "rar": ("--model rar", (STEPS,)),
     "dense": ("--position dense", (STEPS,)),
     "merge": ("--position merge", (STEPS,)),
-    "dropout": ("--size tiny --token-dropout 0.1", (STEPS,)),
+    "dropout": ("--size tiny --token-dropout 0.1", (1800,)),
     "fine": ("--size fine --data fine", (FINE_STEPS,)),
 }
 # RAR's Table 2: when randomness is annealed, in shares of the training; its Table 3: to which
@@ -97,7 +97,8 @@ def train(out):
         # Go on from where it is. train.py refuses if that is too far: then remove the folder.
         folder = out.resolve() / name
         flags, kept = TRAININGS[name]
-        descent = 1 / 6 if steps == kept[-1] else 0  # of the learning rate, see above
+        whole = steps in (STEPS, FINE_STEPS, ANNEALED_STEPS)
+        descent = 1 / 6 if whole else 0  # of the learning rate, see above
         line = f"train.py {flags} --steps {steps} --descent {descent}".split()
         line += ["--resume"] if (folder / "training.pt").is_file() else []
         tokens = [path.parent for path in out.resolve().glob("*/tokens/labels.npy")
@@ -158,8 +159,8 @@ RUNS = {  # file: the runs that a table or figure of the paper compares
                  for model in ("toy", "tiny") for steps in TRAININGS[model][1]],
     # Table D: spatial contextual guidance at training resolution, off and on. "dropout" is "tiny",
     # but has lost tokens in training as well: the paper's reason why it should help
-    "scg": [run_of(model, scg=scg) for model in ("toy", "tiny", "dropout")
-            for scg in (1.0, 1.2, 1.5)],
+    "scg": [run_of(model, scg=scg, trained=trained) for model, trained in (
+        ("toy", STEPS), ("tiny", 1800), ("dropout", 1800)) for scg in (1.0, 1.2, 1.5)],
     "fine_scg": [run_of("fine", 88, scg=scg, trained=FINE_STEPS) for scg in (1.0, 1.2, 1.5, 2.0)],
     # Not in the paper: queries that do not see each other, and exact parallel decoding
     "exact": ways("toy", "random", (4, 8, 12, PARALLEL, ALL), (2, 4, 8)),
