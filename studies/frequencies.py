@@ -31,8 +31,8 @@ from studies.miniature import RESULTS
 from support import border, judge
 
 MODELS = {"paper": (10_000.0, 4), "base": (4.0, 4), "heads": (10_000.0, 2)}  # base, heads
-STEPS, PICTURES = 1800, 200
-NUMBERS = (0, 1, 2, 3, 4, 5, 6, 8)  # k
+STEPS, PICTURES = 1800, 100
+NUMBERS = (0, 1, 2, 3, 4, 6, 8)  # k
 
 
 def turns_across(side, head_dim, base=10_000.0):
