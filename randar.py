@@ -468,7 +468,7 @@ class RandAR(nn.Module):
             seen = [*range(1 + 2 * done), *range(1 + 2 * done, 1 + 2 * (done + m), 2)]
             x, cos_sin = self.sequence(tokens, classes, order)  # [b, 1 + 2 N, d]
             x = self.hidden_states(x[:, seen], cos_sin[:, seen])  # [b, 1 + 2 done + m, d]
-            # All m are drawn at once: none of them knows what the others will be (Eq. 7).
+            # All m are drawn at once: none of them knows what the others will be (Eq. 6, 7).
             drawn = sample_tokens(self.logits(x[:, -m:]), generator=generator)  # [b, m]
             tokens.scatter_(1, order[:, done : done + m], drawn)
             done += m
