@@ -1,7 +1,7 @@
 """How many rotary frequencies can be extrapolated? A theory, tried on models trained for it.
 
-    python -m studies.frequencies paper     the toy model after 1,800 steps: 20 minutes on one core
-    python -m studies.frequencies base      all frequencies fast, by another base: train, then draw
+    python -m studies.frequencies paper     the toy model after 600 steps, which ships
+    python -m studies.frequencies base      all frequencies fast, by another base: trains it first
     python -m studies.frequencies heads     twice as many, by wider heads: likewise
 
 A frequency that turns around within the grid of training shows every angle there. Extrapolated to
@@ -31,7 +31,7 @@ from studies.miniature import RESULTS
 from support import border, judge
 
 MODELS = {"paper": (10_000.0, 4), "base": (4.0, 4), "heads": (10_000.0, 2)}  # base, heads
-STEPS, PICTURES = 1800, 100
+STEPS, PICTURES = 600, 100
 NUMBERS = (0, 1, 2, 3, 4, 6, 8)  # k
 
 
