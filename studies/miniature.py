@@ -146,7 +146,8 @@ RUNS = {  # file: the runs that a table or figure of the paper compares
     # Table 2: one token a step, and in parallel
     "positions": [run_of(model, ALL, cfg=cfg)
                   for model in ("toy", "dense", "merge") for cfg in (1.0, 1.5, 2.5)],
-    "positions_parallel": [run_of(model) for model in ("toy", "dense", "merge")],
+    "positions_parallel": [run_of(model, steps) for model in ("toy", "dense", "merge")
+                           for steps in (PARALLEL, 8)],
     # Table 3: the paper's ten, whatever a reader has added; there, fixed ones go one token a step
     "orders": [run_of("toy", order=order) for order in ORDERS[:10]],
     "fixed_orders": [run_of("toy", ALL, order) for order in FIXED],
