@@ -10,10 +10,10 @@ sides. From RandAR to RAR it is two small steps and another decoder:
     RAR             [cls, class + P_1, x_1 + P_2, ...]        the same, in a vision transformer
 
 Half the length is half the cost; but where to go next is asked at the token before, and several
-questions at once have no place of their own: one token a step. In parallel the last token is asked
-again and again, which no training has shown it: much worse, says RandAR's paper too (Sec. 4.2).
-Dense and Merged are of its Table 2; all other sections, tables and equations in this file are of
-RAR's first arXiv version.
+questions at once have no place of their own: one token a step, as a rule. In parallel the last
+token is asked again and again, which no training has shown it. RandAR's paper found that much worse
+(Sec. 4.2); in the toy world it is not (docs/miniature.md). Dense and Merged are of its Table 2; all
+other sections, tables and equations in this file are of RAR's first arXiv version.
 
     randomness            how many images are shuffled, and when (Sec. 3.2)
     Dense, Merged         RandAR with other position instruction tokens
