@@ -49,8 +49,7 @@ def test_all_that_ships_is_small():
 
 
 NOT_YET = ("fine_scg", "fine_exact", "extrapolation", "frequencies", "enlarged_scg", "threefold",  # fine
-           "exact_orders",  # one seed so far
-           "annealing", "ends", "fixed_orders", "positions_parallel")  # two or more runs are missing
+           "exact_orders")  # one seed so far
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in NOT_YET])
