@@ -316,8 +316,7 @@ def bench(args):
     if not gpu:
         speed_up_cpu()
     recipe = {name: value for name, (value, *_) in RECIPE.items()} | RECIPES.get(args.size, {})
-    micro = recipe["micro_batch"] if gpu else batch
-    micro = min(micro, args.batch_size or micro, recipe["micro_batch"])
+    micro = min(recipe["micro_batch"], args.batch_size or (math.inf if gpu else batch))
     with device:  # so that it draws XXL's weights
         model = RandAR(Config(**settings))
     compiled = border.can_compile(device)

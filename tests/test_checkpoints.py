@@ -151,7 +151,7 @@ def test_a_bad_value_inside_a_file_is_said_with_the_files_name(model, tmp_path, 
 
 
 @pytest.mark.parametrize("name, value", [("order", "zigzag"), ("class_names", [1, 2])])
-def test_an_order_or_class_names_that_there_are_not_are_said_with_the_files_name(model, tmp_path, name, value):
+def test_a_bad_order_or_class_name_is_said_with_the_files_name_too(model, tmp_path, name, value):
     save_randar(model, tmp_path / "a.pt")
     torch.save(torch.load(tmp_path / "a.pt", weights_only=True) | {name: value}, tmp_path / "a.pt")
     assert "an order or classes" in complaint(tmp_path / "a.pt")

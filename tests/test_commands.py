@@ -153,9 +153,9 @@ KEPT = {  # a file that was there before, or a command's own input, stays
 
 @pytest.mark.parametrize("line", KEPT)
 def test_what_a_command_did_not_make_is_refused_before_the_work_and_stays(here, run, capsys, line):
-    for folder, file in (("own", "log.jsonl"), ("own", "bench.json"), ("other", "tokenizer.pt"), ("shards", "labels.npy")):
-        (here / folder).mkdir(exist_ok=True)
-        (here / folder / file).write_text("somebody's")
+    for file in ("own/log.jsonl", "own/bench.json", "other/tokenizer.pt", "shards/labels.npy"):
+        (here / file).parent.mkdir(exist_ok=True)
+        (here / file).write_text("somebody's")
     shutil.copytree("tokens", "my/tokens")
     before = files_of(here)
     with pytest.raises(SystemExit, match="2"):

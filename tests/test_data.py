@@ -240,12 +240,13 @@ def test_killed_while_a_file_is_written_it_goes_on_too(here, run, whole, monkeyp
     assert [*files_of(here / "tokens").values()] == whole
 
 
-def test_a_shard_that_was_damaged_meanwhile_is_named_in_one_line(here, run, whole):
+def test_a_shard_that_was_damaged_meanwhile_is_named_in_one_line(here, run, whole, capsys):
     run(f"{ENCODE} --out tokens")
     (here / "tokens/labels.npy").unlink()
     (here / "tokens/tokens-0001.npy").write_bytes(b"no array")
     with pytest.raises(SystemExit, match="2"):
         run(f"{ENCODE} --out tokens")
+    assert "tokens is damaged: delete it and encode again" in capsys.readouterr().err
 
 
 def test_what_is_complete_is_neither_made_again_nor_replaced(here, run, whole, monkeypatch, capsys):

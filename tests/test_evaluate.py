@@ -274,7 +274,8 @@ def test_stored_statistics_are_of_one_number_of_features():
     ("--samples large.npz --inception NETWORKS/no_inception.pt", "inception-2015-12-05.pt")])
 def test_a_mistake_is_one_line_and_exit_code_two(measured, capsys, line, complaint):
     toys = noise(64, 0, side=32)
-    for name, pixels in {"few": toys, "none": toys[:0], "large": noise(9, 0), "float": toys[:9] / 255}.items():
+    files = {"few": toys, "none": toys[:0], "large": noise(9, 0), "float": toys[:9] / 255}
+    for name, pixels in files.items():
         np.savez(f"{name}.npz", arr_0=pixels)
     np.savez("named.npz", arr_0=toys, arr_1=["cat"] * 64)
     Path("cut.npz").write_bytes(Path("few.npz").read_bytes()[:5000])
