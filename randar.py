@@ -273,11 +273,18 @@ class Guidance:
     scg: float = 1.0  # w_scg
     power: float = None  # RAR's schedule, not a straight line: the larger, the later w_cfg rises
 
-    def contexts(self, class_given):
-        """Which contexts the model has to read: one, two, or the three of Eq. B."""
+    def contexts(self, classes, null_class):
+        """Which contexts the model has to read: one, two, or the three of Eq. B.
+
+        classes: int64 [b]. Returns their names, and classes [c * b]: context after context.
+        """
+        null = torch.full_like(classes, null_class)
+        class_given = bool((classes != null).any())
         if self.scg != 1:
-            return [CLASS, NULL, DROPPED] if class_given else [NULL, DROPPED]
-        return [CLASS, NULL] if class_given and tuple(self.cfg) != (1, 1) else [CLASS]
+            names = [CLASS, NULL, DROPPED] if class_given else [NULL, DROPPED]
+        else:
+            names = [CLASS, NULL] if class_given and tuple(self.cfg) != (1, 1) else [CLASS]
+        return names, torch.cat([classes if name == CLASS else null for name in names])
 
     def combine(self, contexts, logits, share):
         """Logits [c * b, m, V] of c contexts -> [b, m, V].
@@ -333,24 +340,6 @@ def draw_tokens(weights, generator=None):
 def sample_tokens(logits, sampling=Sampling(), generator=None):
     """Draw one token from each distribution: logits [..., V] float -> int64 [...]."""
     return draw_tokens(probabilities(logits, sampling), generator)
-
-
-def keep_or_redraw(drafts, q, p, generator=None):
-    """Make of drafts that came from q tokens that come from p: (passed, tokens), bool and int64.
-
-    drafts: int64 [..., m], of which passed ones are kept; q, p: [..., m, V]. A draft x is kept with
-    probability min(1, p(x) / q(x)). Otherwise another one is drawn in its place, with a chance in
-    proportion to max(0, p - q). So the probability that x comes out is
-
-        q(x) min(1, p(x) / q(x)) + max(0, p(x) - q(x))  =  p(x)
-
-    since all the max(0, p - q) sum to the probability that a draft is not kept. A bad q only means
-    that few are: speculative decoding (arXiv 2211.17192).
-    """
-    ratio = (p / q).gather(-1, drafts[..., None])[..., 0]  # [..., m]; q(x) > 0: it was drawn
-    passed = torch.rand(ratio.shape, generator=generator, device=p.device) < ratio
-    redrawn = draw_tokens((p - q).clamp(min=0), generator)
-    return passed, torch.where(passed, drafts, redrawn)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -486,9 +475,9 @@ class RandAR(nn.Module):
         model's device; known: (positions, tokens), int64 [b, k], context before all else, left as
         it is; angles: float [N, D / 2], of another grid; queries: "causal", as the paper, or
         "isolated": no query of a step sees another one; drafts: None, or how many tokens a step
-        drafts in exact parallel decoding, in place of `steps`. Raises UserError, before the first
-        step, for what does not fit; from then on the host never waits for the device (in exact
-        decoding, once a step). In training mode dropout is at work.
+        drafts in exact parallel decoding (exact.py), in place of `steps`. Raises UserError, before
+        the first step, for what does not fit; from then on the host never waits for the device
+        (exact decoding: once a step). In training mode dropout is at work.
         """
         grid, device = self.config.grid, classes.device
         order = self.order if order is None else order
@@ -500,7 +489,9 @@ class RandAR(nn.Module):
         checks.check_decoding(self, classes, order, steps, guidance, sampling, known, angles,
                               queries, drafts)
         if drafts is not None and order.shape[1] > 0:
-            return self._exact_steps(classes, order, drafts, *given)
+            from exact import exact_steps  # it builds on this file: not imported before
+
+            return exact_steps(self, classes, order, drafts, *given)
         if steps is None:
             steps = default_steps(order.shape[1]) if self.inserts_instructions else -1
         sizes = step_sizes(order.shape[1], steps)
@@ -513,9 +504,7 @@ class RandAR(nn.Module):
         first; x and cos_sin, the sequence to come, class P_1 x_1 ... P_k+n x_k+n, of whose image
         tokens the first k are filled in; kept, [c * b, k + n, 1], 0 for the tokens that SCG drops.
         """
-        contexts = guidance.contexts(class_given=bool((classes != self.null_class).any()))
-        null = torch.full_like(classes, self.null_class)
-        classes = torch.cat([classes if name == CLASS else null for name in contexts])  # [c * b]
+        contexts, classes = guidance.contexts(classes, self.null_class)  # c names, [c * b]
 
         # The other image tokens go to places 2, 4, 6, ... when they have been drawn.
         turns = torch.cat([known[0], order], dim=1).repeat(len(contexts), 1)  # [c * b, k + n]
@@ -569,83 +558,6 @@ class RandAR(nn.Module):
             embedded = self.tok_embeddings(tokens).repeat(len(contexts), 1, 1)  # [c * b, m, d]
             x[:, first + 1 : first + 2 * m : 2] = embedded * kept[:, done : done + m]
             start_pos, done = first + 1, done + m
-
-    # Exact parallel decoding (ours, not the paper's)
-    #
-    # Tokens of one step do not know of each other: that is the price of Alg. B. But the next step
-    # reads x_1 P_2 x_2 .. P_m x_m, and what it finds at P_2 .. P_m, and throws away, is what one
-    # token a step would have drawn from: p(x_j | all before it). So take what a step draws as
-    # *drafts*, and let the next step keep or redraw each (`keep_or_redraw`). Decided are all up to
-    # the first that is redrawn, and this one. Those behind it were kept or redrawn, too, but by a p
-    # that had read a wrong token. So they are tokens drawn from that p: drafts again, and better
-    # ones (as in arXiv 2410.01699). Such a step reads, with 2 drafts,
-    #
-    #     x_i  P x  P x  P  Q Q      x_i: the last token that is decided, at first the class.
-    #                                The last P and the Q do not see each other: they are queries.
-    #
-    # The more drafts, the fewer steps, and the more a step reads that is thrown away.
-
-    @torch.no_grad()
-    def _exact_steps(self, classes, order, drafts, guidance, sampling, generator, known, angles):
-        """Its arguments checked. Images of a batch are not equally far: `done` is one for each."""
-        # Behind the last turn come more, which nobody sees: there is always enough to draft.
-        (b, k), total = known[0].shape, known[0].shape[1] + order.shape[1]
-        order = torch.cat([order, order[:, -1:].repeat(1, 2 * drafts + 1)], dim=1)
-        contexts, turns, x, cos_sin, kept = self.beginning(classes, order, guidance, generator,
-                                                           known, angles)
-        done, device, c = torch.full_like(classes, k), x.device, len(contexts)
-
-        # The first drafts are what a step of Alg. B draws; q is what they are drawn from.
-        step = next(self._steps(classes, order, [drafts], guidance, sampling, generator, known,
-                                angles, isolated=True))
-        q = probabilities(step.logits, sampling)  # [b, drafts, V]
-        tokens = torch.cat([known[1], step.tokens], dim=1)
-        tokens = F.pad(tokens, (0, turns.shape[1] - tokens.shape[1]))  # in turns: [b, k + n + ..]
-
-        # What a step reads, as distances from x_i; s of them follow each other in the sequence.
-        s, ahead = 2 * drafts + 2, torch.arange(2 * drafts + 1, device=device)
-        reads = torch.cat([torch.arange(s, device=device), s + 1 + 2 * ahead[:drafts]])  # r of them
-        at_p = (reads % 2).nonzero()[:, 0]  # the P and Q among them: 2 drafts + 1
-        sees = torch.ones(len(reads), len(reads), dtype=torch.bool, device=device).tril()
-        sees[s - 1 :, s - 1 :] = torch.eye(drafts + 1, dtype=torch.bool, device=device)
-
-        # The cache: places of the sequence, and behind its end r more, for what a step reads
-        end, rows = x.shape[1], torch.arange(len(x), device=device)[:, None]
-        size = len(x), self.config.n_head, end + len(reads), self.head_dim
-        caches = x.new_zeros(self.config.n_layer, 2, *size)
-        if k:
-            self.hidden_states(x[:, : 2 * k], cos_sin[:, : 2 * k], None, caches)
-
-        while (done < total).any():
-            x[:, 2::2] = self.tok_embeddings(tokens).repeat(c, 1, 1) * kept
-            places = 2 * done.repeat(c)[:, None] + reads  # [c * b, r]
-            cached = torch.arange(end, device=device) < places[:, :1]  # before x_i: [c * b, end]
-            mask = torch.cat([cached[:, None].expand(-1, len(reads), -1),
-                              sees.expand(len(x), -1, -1)], dim=2)[:, None]
-            y = self.hidden_states(x[rows, places], cos_sin[rows, places], mask, caches, end)
-
-            # Keys and values to their own places. Those of drafts that fail will be overwritten.
-            read = caches[:, :, :, :, end : end + s]  # [layers, 2, c * b, heads, s, D]
-            caches[:, :, rows, :, places[:, :s]] = read.permute(2, 4, 0, 1, 3, 5)
-
-            # Check the drafts, draw from the queries.
-            turn = done[:, None] + ahead  # [b, 2 drafts + 1]
-            share = turn[..., None] / total  # known, when one token a step draws this one
-            logits = guidance.combine(contexts, self.logits(y[:, at_p]), share)
-            p = probabilities(logits, sampling)  # [b, 2 drafts + 1, V]
-            draft = tokens.gather(1, turn[:, :drafts])  # [b, drafts]
-            passed, checked = keep_or_redraw(draft, q, p[:, :drafts], generator)
-            new = torch.cat([checked, draw_tokens(p[:, drafts:], generator)], dim=1)
-            tokens.scatter_(1, turn, new)
-
-            # An image that decides fewer than another one repeats its last.
-            decided = (passed.long().cumprod(1).sum(1) + 1).minimum(total - done)  # [b]
-            shown = ahead[: decided.max()].minimum(decided[:, None] - 1)
-            at, shown = done[:, None] + shown, shown.clamp(min=0)[..., None]
-            yield Step(turns[:b].gather(1, at), tokens.gather(1, at),
-                       torch.take_along_dim(logits, shown, dim=1))
-            q = torch.take_along_dim(p, (decided[:, None] + ahead[:drafts])[..., None], dim=1)
-            done = done + decided
 
     def generate(self, classes, order=None, steps=None, cfg=(1.0, 4.0), scg=1.0, known=None,
                  angles=None, **options):

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from randar import CLASS, Config, RandAR, Step, sample_tokens
+from randar import Config, RandAR, Step, sample_tokens
 from support import checks
 from support.border import UserError
 from support.speed import causal_attention
@@ -94,9 +94,7 @@ class Merged(Dense):
     @torch.no_grad()
     def _steps(self, classes, order, sizes, guidance, sampling, generator, known, angles, isolated):
         """RandAR's loop. The queries of a step are the last known token, each with another P."""
-        contexts = guidance.contexts(class_given=bool((classes != self.null_class).any()))
-        null = torch.full_like(classes, self.null_class)
-        classes = torch.cat([classes if name == CLASS else null for name in contexts])  # [c * b]
+        contexts, classes = guidance.contexts(classes, self.null_class)  # c names, [c * b]
         positions, tokens = (x.repeat(len(contexts), 1) for x in known)  # [c * b, k]
         turns = torch.cat([positions, order.repeat(len(contexts), 1)], dim=1)  # [c * b, k + n]
         blank = turns.new_zeros(len(turns), math.prod(self.config.grid))  # what is unknown, unread

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from support import border, checks, data, released, toy
 from support.border import UserError
-from support.pictures import from_uint8, picture_grid, save_picture, to_uint8
+from support.pictures import from_uint8, picture_grid, psnr, save_picture, to_uint8
 from support.speed import mixed_precision
 
 
@@ -307,12 +307,6 @@ def save_tokenizer(tokenizer, path):
 # Training a tokenizer
 
 
-def psnr(images, painted):
-    """Peak signal-to-noise ratio of each image in dB, [b]; both [b, 3, H, W] in [-1, 1]."""
-    error = ((images - painted) / 2).square().mean((1, 2, 3))  # of pixels in [0, 1]
-    return -10 * error.clamp_min(1e-10).log10()
-
-
 @torch.no_grad()
 def reseed_dead_codes(codebook, latents, used):
     """Move codes that nobody chose lately, not used (bool [V]), onto latents [n, code_dim]."""
@@ -400,8 +394,8 @@ def train_command(args):
 
     shown = from_uint8(validation[:10]).to(device)  # [10, 3, H, W]
     painted = tokenizer.decode(tokenizer.encode(shown))
-    pixels = to_uint8(torch.cat([shown, painted]))  # one row of each
-    save_picture(picture_grid(pixels, ["image", "repainted"]), sheet)
+    pixels = to_uint8(torch.cat([shown, painted]))
+    save_picture(picture_grid(pixels, ["image", "repainted"]), sheet)  # a row of each
     print(f"wrote {out} and, of {len(shown)} images, {sheet}")
 
 
@@ -442,15 +436,14 @@ def main():
     smaller = {"train": "--image-size", "encode": "--batch-size"}.get(args.command)
     with border.one_line_errors(smaller):
         if args.command == "train":
-            train_command(args)
-        elif args.command == "encode":
-            path = released.file_of(args.tokenizer)
+            return train_command(args)
+        path = released.file_of(args.tokenizer)
+        if args.command == "encode":
             tokenizer = load_tokenizer(path, border.pick_device(args.device))
             data.encode_images(*data.list_images(args.images), tokenizer, path, args.out,
                                pathlib.Path(args.images).resolve(), args.image_size, args.crops,
                                args.batch_size)
         else:
-            path = released.file_of(args.tokenizer)
             data.pack_tokens(args.tokens, load_tokenizer(path), path, args.out)
 
 

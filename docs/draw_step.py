@@ -16,6 +16,7 @@ from PIL import Image
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import exact  # noqa: E402
 import randar  # noqa: E402
 from support import border, toy  # noqa: E402
 from support.pictures import to_uint8  # noqa: E402
@@ -43,7 +44,7 @@ class Recorder:
         self.model, self.passes, self.checks = model, [], []
 
     def __enter__(self):
-        self.keep_or_redraw = randar.keep_or_redraw
+        self.keep_or_redraw = exact.keep_or_redraw
 
         def hidden_states(x, cos_sin, mask, caches, start_pos):
             if mask is None:  # causal
@@ -62,12 +63,12 @@ class Recorder:
             return passed, tokens
 
         self.model.hidden_states, self.model.logits = hidden_states, logits
-        randar.keep_or_redraw = keep_or_redraw
+        exact.keep_or_redraw = keep_or_redraw
         return self
 
     def __exit__(self, *error):
         del self.model.hidden_states, self.model.logits  # those of the class are back
-        randar.keep_or_redraw = self.keep_or_redraw
+        exact.keep_or_redraw = self.keep_or_redraw
 
 
 def thousandths(p):

@@ -32,6 +32,12 @@ def from_uint8(pixels):
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def psnr(images, painted):
+    """Peak signal-to-noise ratio of each image in dB, [b]; both [b, 3, H, W] in [-1, 1]."""
+    error = ((images - painted) / 2).square().mean((1, 2, 3))  # of pixels in [0, 1]
+    return -10 * error.clamp_min(1e-10).log10()
+
+
 def open_picture(path, background="white"):
     """The picture in a file as PIL's Image, RGB and upright; a transparent one on a background.
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import C, N, seeded, small_model
 
-import randar
-from randar import Guidance, Sampling, probabilities
+import exact
+from randar import CLASS, NULL, Guidance, Sampling, probabilities
 
 CODES, TOKENS, SAMPLES = 3, 4, 5_000  # of the smallest model: 81 images, each can be counted
 BATCH = 200  # drawn at a time
@@ -28,7 +28,7 @@ def probability_of_each_image(model, order, known, cfg, sampling):
     orders = order.expand(len(images), -1)
     both = [model(images, torch.full((len(images),), label), orders)[0] for label in (1, C)]
     share = (torch.arange(TOKENS) / TOKENS)[:, None]  # known, when the token of a turn is drawn
-    logits = Guidance(cfg).combine([randar.CLASS, randar.NULL], torch.cat(both), share)
+    logits = Guidance(cfg).combine([CLASS, NULL], torch.cat(both), share)
     p = probabilities(logits, sampling).gather(2, images.gather(1, orders)[..., None])[..., 0]
     p = p.double()[:, known.shape[1] :].prod(1)
     return p * (images.gather(1, orders[:, : known.shape[1]]) == known).all(1)
@@ -105,16 +105,16 @@ def test_images_of_a_batch_go_on_at_their_own_pace(model, batch):
 
 
 def test_this_would_show_if_every_draft_were_kept(smallest, monkeypatch):
-    monkeypatch.setattr(randar.torch, "rand", lambda *shape, **_: torch.zeros(*shape))
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape))
     assert not fits(*chi_square(smallest, 3))
 
 
 def test_this_would_show_if_failed_drafts_were_drawn_again_from_p(smallest, monkeypatch):
     def wrong(drafts, q, p, generator):
         passed = torch.rand(drafts.shape, generator=generator) < (p / q).gather(2, drafts[..., None])[..., 0]
-        return passed, torch.where(passed, drafts, randar.draw_tokens(p, generator))
+        return passed, torch.where(passed, drafts, exact.draw_tokens(p, generator))
 
-    monkeypatch.setattr(randar, "keep_or_redraw", wrong)
+    monkeypatch.setattr(exact, "keep_or_redraw", wrong)
     assert not fits(*chi_square(smallest, 3))
 
 
@@ -125,8 +125,8 @@ def test_a_draft_from_any_distribution_becomes_a_token_from_the_wanted_one(monke
     for draft in (0, 1, 2):  # 3 is never drawn from q
         for u in torch.arange(0.5, 1000).double() / 1000:
             monkeypatch.setattr(torch, "rand", lambda *_, u=u, **__: u)
-            monkeypatch.setattr(randar, "draw_tokens", lambda weights, _: weights)  # the law of a new draw
-            passed, weights = randar.keep_or_redraw(torch.tensor([draft]), q[None], p[None])
+            monkeypatch.setattr(exact, "draw_tokens", lambda weights, _: weights)  # the law of a new draw
+            passed, weights = exact.keep_or_redraw(torch.tensor([draft]), q[None], p[None])
             kept = torch.nn.functional.one_hot(torch.tensor(draft), 4)
             law += q[draft] / 1000 * (kept if passed else weights[0] / weights.sum())
     assert torch.allclose(law, p)

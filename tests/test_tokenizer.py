@@ -9,8 +9,8 @@ from PIL import Image
 import tokenizer
 from support import border, judge, toy
 from support.border import UserError
-from support.pictures import from_uint8
-from tokenizer import Codebook, TokenizerConfig, load_tokenizer, psnr, save_tokenizer
+from support.pictures import from_uint8, psnr
+from tokenizer import Codebook, TokenizerConfig, load_tokenizer, save_tokenizer
 
 
 @pytest.fixture
