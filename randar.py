@@ -490,7 +490,6 @@ class RandAR(nn.Module):
                               queries, drafts)
         if drafts is not None and order.shape[1] > 0:
             from exact import exact_steps  # it builds on this file: not imported before
-
             return exact_steps(self, classes, order, drafts, *given)
         if steps is None:
             steps = default_steps(order.shape[1]) if self.inserts_instructions else -1
@@ -595,6 +594,7 @@ def load_randar(path, device="cpu"):
 
     model, content = checks.load_network(path, rar.recognise, device)
     model.class_names, model.order = content.get("class_names"), content.get("order", model.order)
+    model.fingerprint = content.get("fingerprint")  # of its tokenizer; None: nobody noted it
     if model.order not in ORDERS or not all(isinstance(x, str) for x in model.class_names or []):
         raise UserError(f"{path} names an order or classes that there are not: it is damaged")
     return model

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from randar import ORDERS, load_randar
-from support import border, judge, pictures, released, toy
+from support import border, data, judge, pictures, released, toy
 from support.border import UserError, decoding_precision
 from support.classes import names_of_classes, parse_classes, spread_classes
 from support.speed import compile_layers
@@ -47,6 +47,8 @@ def load_models(ckpt, tokenizer=None, device="cpu"):
     tokenizer = load_tokenizer(released.file_of(tokenizer or beside), device)
     if tokenizer.config.codebook_size != model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.config.codebook_size} codes: {remedy}")
+    if model.fingerprint not in (None, data.facts_of(tokenizer, "")["fingerprint"]):
+        raise UserError(f"the tokenizer is another one, with as many codes: {remedy}")
     return model, tokenizer
 
 

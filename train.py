@@ -256,8 +256,9 @@ def report(model, optimizer, tokens, tokenizer, state, args, bar, asked_to_stop)
     # The first file alone is enough to go on: after a crash the next checkpoint mends the others.
     if checkpoint or asked_to_stop:
         save_randar(model, f"{out}/training.pt", optimizer=optimizer.state_dict(),
-                    settings=vars(args), **state)
-        save_randar(model, f"{out}/{args.model}.pt", half=True, step=step)  # for sample.py
+                    settings=vars(args), fingerprint=tokens.fingerprint, **state)
+        save_randar(model, f"{out}/{args.model}.pt", half=True, step=step,
+                    fingerprint=tokens.fingerprint)  # for sample.py
         lines = "".join(json.dumps(line) + "\n" for line in state["log"])
         border.write_safely(f"{out}/log.jsonl", lambda partial: partial.write_text(lines))
         draw_loss(state["log"], f"{out}/loss.png")

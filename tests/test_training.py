@@ -19,7 +19,7 @@ import train
 from randar import RandAR, generation_order, load_randar
 from rar import KINDS
 from support import border, data, toy
-from tokenizer import Tokenizer, save_tokenizer
+from tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 
 @pytest.fixture
@@ -141,6 +141,7 @@ def test_training_leaves_these_files_and_says_what_to_do_with_them(here, run, ca
     model = load_randar("new/randar.pt")
     assert model.config.grid == (4, 4) and model.config.vocab_size == V
     assert model.class_names == ["cat", "dog"] and model.order == "random"
+    assert model.fingerprint == data.facts_of(load_tokenizer("new/tokenizer.pt"), "")["fingerprint"]
     assert (here / "new/tokenizer.pt").read_bytes() == (here / "tok.pt").read_bytes()
     for name in ("loss.png", "samples.png"):
         assert len(Image.open(here / "new" / name).convert("RGB").getcolors(maxcolors=10**6)) > 20
