@@ -1,8 +1,8 @@
 """What RandAR does without further training: python apps.py inpaint (edit, outpaint, ...)
 
 The model has learned to continue an image from *any* part of it, in any order. So all that is known
-can go first into the sequence, and the rest is decoded after it. Every application is this one
-move, `complete`, with other tokens known, another order, other rotary angles. There are:
+can go first into the sequence, and the rest is decoded after it. The first three are this one move,
+`complete`, with other tokens known, another order, other rotary angles; the others decode nothing:
 
     inpaint           redo a part of an image; with another class: edit (Sec. 3.4.1)
     outpaint          continue an image beyond its borders (Sec. 3.4.2)

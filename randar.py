@@ -16,11 +16,11 @@ in any order, several tokens at a time, and fills in, extends or changes images 
     load_randar, save_randar   files: ours and the released weights
 
 Sections, tables and equations are those of the paper's first arXiv version. The words:
-*position*: where a token is in the image, its raster index, row * w + column; *turn*: the index of
-a token in the order; *start_pos*: where new tokens begin in the sequence; *step*: decodes m tokens
-at once, and its *queries* Q are their instruction tokens (not attention's queries). P_i, x_i:
-instruction token and image token of turn i; N = h * w of each; b: batch; n, k: tokens to decode,
-known tokens; c: contexts of guidance; d, D: width, of all and of a head; V: vocabulary.
+*position*: where a token is in the image, row * w + column; *turn*: its index in the order;
+*place*: its index in the sequence (*start_pos*: of the first new one); *step*: decodes m tokens at
+once, its *queries* Q are their instruction tokens (not attention's queries). P_i, x_i: instruction
+token and image token of turn i; N = h * w of each; b: batch; n: tokens to decode, or that a layer
+reads; k: known ones; c: contexts of guidance; d, D: width, of all and of a head; V: vocabulary.
 """
 
 import math
@@ -60,7 +60,7 @@ SIZES = {  # for example Config(**SIZES["XL"], grid=(16, 16), vocab_size=16384, 
     "fine": dict(dim=192, n_layer=6, n_head=3, dropout=0.0),  # ours, 2.9M, for the fine world
     "S": dict(dim=384, n_layer=12, n_head=6),  # ours, 34M; of a codebook of 512 and 10 classes 22M
     "M": dict(dim=768, n_layer=12, n_head=12),  # ours, 111M and 86M
-    "L": dict(dim=1024, n_layer=24, n_head=16),  # 343M, as all below of Table A
+    "L": dict(dim=1024, n_layer=24, n_head=16),  # 343M; this and those below: Table A
     "XL": dict(dim=1280, n_layer=36, n_head=20),  # 775M
     "XXL": dict(dim=1536, n_layer=48, n_head=24),  # 1.4B
 }
@@ -68,15 +68,15 @@ SIZES = {  # for example Config(**SIZES["XL"], grid=(16, 16), vocab_size=16384, 
 # ------------------------------------------------------------------------------------------------
 # Where a token is: 2D rotary angles
 #
-# A rotary embedding turns each pair of channels of a query or key by an angle proportional to the
-# token's position, so that their dot product depends on the *difference* of two positions only. An
-# image position has two coordinates: the first half of the pairs turns with the row, the second
-# half with the column. Slow pairs see the layout, fast ones detail: for a larger grid the slow ones
-# are interpolated, the fast ones extrapolated (apps.extrapolate, Sec. 3.4.3).
+# A rotary embedding rotates each pair of channels of a query or key by an angle in proportion to
+# the token's position, so that their dot product depends on the *difference* of two positions only.
+# An image position has two coordinates: the first half of the pairs rotates with the row, the
+# second half with the column. Slow pairs see the layout, fast ones detail: for a larger grid the
+# slow ones are interpolated, the fast ones extrapolated (apps.extrapolate, Sec. 3.4.3).
 
 
 def rotary_angles(rows, columns, head_dim, base=10000.0):
-    """Angles by which the channel pairs of a token at (row, column) turn: [..., D / 2] in radians.
+    """The angles of the channel pairs of a token at (row, column): [..., D / 2], in radians.
 
     rows, columns: float tensors [...], in units of token positions; fractions are interpolated.
     head_dim: D, a multiple of 4. Row angles are the first half, column angles the second.
@@ -95,18 +95,18 @@ def grid_angles(grid, head_dim, device=None):
 
 
 def rotate(x, cos_sin):
-    """Turn the channels (2i, 2i + 1) of x [..., D] by their angle; cos_sin: [..., D / 2, 2]."""
+    """Rotate the channels (2i, 2i + 1) of x [..., D] by their angle; cos_sin: [..., D / 2, 2]."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., D / 2], float32 for precision
     cos, sin = cos_sin.unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------
 # In which order to write an image
 #
-# An order lists positions in the turn in which they are decoded. One model, trained on random
-# orders, can follow every one of them (Table 3). Some are *partly* random: two shuffled parts.
+# An order lists the position of each turn. One model, trained on random orders, can follow every
+# one of them (Table 3). Some are *partly* random: two shuffled parts.
 
 ORDERS = ("random", "raster", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate",
           "hierarchical", "center_first", "border_first")
@@ -131,10 +131,10 @@ def generation_order(name, batch, grid, generator=None, device=None):
         "spiral_in": walk.argsort(),  # the turn of each position
         "spiral_out": -walk.argsort(),
         "z_curve": sum((2 * (row >> i & 1) + (column >> i & 1)) * 4**i for i in range(16)),
-        # Four coarse images: Fig. A, on 4 x 4 tokens, could mean other orders of more tokens.
+        # Four coarse images. Fig. A has 4 x 4 tokens: for more it may mean another order than this.
         "subsample": (2 * (row % 2) + column % 2) * h * w + positions,
         "alternate": row * w + torch.where(row % 2 == 0, column, w - 1 - column),  # there and back
-        "hierarchical": random + ((row % 2 == 1) | (column % 2 == 1)),  # a coarse image, the rest
+        "hierarchical": random + ((row % 2 == 1) | (column % 2 == 1)),  # even ones first
         "center_first": random + ~middle,
         "border_first": random + middle,
     }
@@ -149,7 +149,7 @@ def spiral(cells):
     walk = []
     while cells.numel():
         walk.append(cells[0])  # along the top row
-        cells = cells[1:].T.flip(0)  # turn what is left, so that its right side is on top
+        cells = cells[1:].T.flip(0)  # rotate what is left: its right side is on top
     return torch.cat(walk)
 
 
@@ -177,7 +177,7 @@ def step_sizes(num_tokens, steps):
 
 
 def default_steps(num_tokens):
-    """The paper's 88 steps for 256 tokens; in proportion, which is ours, 22 for 64."""
+    """The paper's 88 steps for 256 tokens; in proportion (ours), 22 for 64."""
     return max(1, round(num_tokens * 88 / 256))
 
 
@@ -198,14 +198,14 @@ class Attention(nn.Module):
         """x [b, n, d], cos_sin [b, n, D / 2, 2] -> three times [b, heads, n, D]."""
         qkv = self.wqkv(x).unflatten(-1, (3, self.n_head, -1))  # [b, n, 3, heads, D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, heads, n, D] each
-        cos_sin = cos_sin[:, None]  # [b, 1, n, D / 2, 2]: all heads turn alike
+        cos_sin = cos_sin[:, None]  # [b, 1, n, D / 2, 2]: the same for all heads
         # A copy of v: the view would keep all of qkv in memory until the backward pass.
         return rotate(q, cos_sin), rotate(k, cos_sin), v.contiguous()
 
     def forward(self, x, cos_sin, mask=None, cache=None, start_pos=0):
         """x [b, n, d] -> [b, n, d]; cache: [2, b, heads, length, D].
 
-        mask: who sees whom, bool; None: each token what is cached, those before it, and itself.
+        mask: bool [n, end] or [b, 1, n, end], who sees whom (end = start_pos + n); None: causal.
         """
         q, k, v = self.queries_keys_values(x, cos_sin)
         if cache is not None:
@@ -254,7 +254,7 @@ class Block(nn.Module):
 #
 # Guidance compares what the model says in several *contexts*. Classifier-free guidance (CFG) moves
 # the logits away from what it says without the class. Spatial contextual guidance (SCG, App. F)
-# moves them away from what it says when it has also read a quarter of the image tokens as zeros.
+# moves them away from what it says without the class and with a quarter of its image tokens zeroed.
 
 CLASS = "all tokens, the class"
 NULL = "all tokens, no class"
@@ -300,7 +300,7 @@ class Guidance:
         if DROPPED in z:
             guided = z[DROPPED] + self.scg * (z[NULL] - z[DROPPED])  # Eq. A, of no class
         if CLASS in z:
-            guided = guided + w_cfg * (z[CLASS] - z[NULL])  # Eq. B; without `dropped`, CFG
+            guided = guided + w_cfg * (z[CLASS] - z[NULL])  # Eq. B; without DROPPED, CFG
         return guided
 
 
@@ -381,9 +381,9 @@ class RandAR(nn.Module):
     def position_instruction_tokens(self, cos_sin, positions):
         """P_i = RoPE(e, h_i, w_i) (Eq. 5) for cos_sin [b, n, D / 2, 2] -> [b, n, d].
 
-        Attention turns queries and keys as well, but never values. If every P were the same e, all
-        would hand on the same value, and no layer could read from one where it is. positions, int64
-        [b, n]: for rar.Dense.
+        Attention rotates queries and keys as well, but never values. If every P were the same e,
+        all would hand on the same value, and no layer could read from one where it is. positions,
+        int64 [b, n]: for rar.Dense.
         """
         e = self.pos_instruct_embeddings.view(self.config.n_head, self.head_dim)  # [heads, D]
         return rotate(e, cos_sin[:, :, None]).flatten(2)
@@ -402,16 +402,15 @@ class RandAR(nn.Module):
         pairs = torch.stack([instructions, image_tokens], dim=2).flatten(1, 2)  # P_1, x_1, ...
         class_token = self.cls_embedding.embedding_table(classes)[:, None]  # [b, 1, d]
 
-        # x_i turns like its P_i. The class has no position: the released weights were trained with
-        # cos = sin = 0 for it. That is no angle: its query and key are zero, so every token scores
-        # it 0, which still has a weight after the softmax (15% in the toy model, notebook 5),
-        # and reads its value.
+        # x_i is rotated like its P_i. The class has no position: the released weights were trained
+        # with cos = sin = 0 for it. That is no angle: its query and key are zero. So every token
+        # scores it 0, which still has a weight after the softmax (15% in the toy model).
         cos_sin = cos_sin.repeat_interleave(2, dim=1)
         cos_sin = torch.cat([torch.zeros_like(cos_sin[:, :1]), cos_sin], dim=1)
         return torch.cat([class_token, pairs], dim=1), cos_sin
 
     def hidden_states(self, x, cos_sin, mask=None, caches=None, start_pos=0):
-        """Through all layers: x [b, n, d] -> [b, n, d]; caches: one for each layer, or None."""
+        """Through all layers: x [b, n, d] -> the same; caches: [layers, 2, b, heads, length, D]."""
         for i, layer in enumerate(self.layers):
             x = layer(x, cos_sin, mask, None if caches is None else caches[i], start_pos)
         return x
@@ -469,15 +468,15 @@ class RandAR(nn.Module):
         """Decode step by step: an iterator of Step(positions, tokens, guided logits).
 
         classes: int64 [b], 0 .. C - 1, or null_class; order: a name of ORDERS (None: that of its
-        training), or positions, int64 [b, n], of all the image or a part; steps: T (None: 88 for
-        256 tokens, as the paper, but of rar.Merged -1: one token a step); cfg, scg, power: see
-        Guidance; temperature, top_k, top_p: see Sampling; generator: a torch.Generator on the
-        model's device; known: (positions, tokens), int64 [b, k], context before all else, left as
-        it is; angles: float [N, D / 2], of another grid; queries: "causal", as the paper, or
-        "isolated": no query of a step sees another one; drafts: None, or how many tokens a step
-        drafts in exact parallel decoding (exact.py), in place of `steps`. Raises UserError, before
-        the first step, for what does not fit; from then on the host never waits for the device
-        (exact decoding: once a step). In training mode dropout is at work.
+        training), or positions, int64 [b, n], of all the image or a part; steps: how many, or -1,
+        one token a step (None: 88 for 256 tokens, as the paper, and -1 for rar.Merged); cfg, scg,
+        power: see Guidance; temperature, top_k, top_p: see Sampling; generator: a torch.Generator
+        on the model's device; known: (positions, tokens), int64 [b, k], which come first and stay
+        as they are; angles: float [N, D / 2], of another grid; queries: "causal", as the paper, or
+        "isolated" (in exact decoding always): no query of a step sees another one; drafts: None, or
+        how many a step of exact decoding (exact.py) has, in place of `steps`. Raises UserError,
+        before the first step, for what does not fit; within the loop the host never waits for the
+        device (but in exact decoding). In training mode dropout is at work.
         """
         grid, device = self.config.grid, classes.device
         order = self.order if order is None else order
@@ -485,49 +484,50 @@ class RandAR(nn.Module):
             order = generation_order(order, len(classes), grid, generator, device)
         known = (order[:, :0], order[:, :0]) if known is None else known
         guidance, sampling = Guidance(cfg, scg, power=power), Sampling(temperature, top_k, top_p)
-        given = guidance, sampling, generator, known, angles
+        given = dict(guidance=guidance, sampling=sampling, generator=generator, known=known,
+                     angles=angles)
         checks.check_decoding(self, classes, order, steps, guidance, sampling, known, angles,
                               queries, drafts)
         if drafts is not None and order.shape[1] > 0:
-            from exact import exact_steps  # it builds on this file: not imported before
-            return exact_steps(self, classes, order, drafts, *given)
+            from exact import exact_steps  # it imports this file, so not at the top
+            return exact_steps(self, classes, order, drafts, **given)
         if steps is None:
             steps = default_steps(order.shape[1]) if self.inserts_instructions else -1
         sizes = step_sizes(order.shape[1], steps)
-        return self._steps(classes, order, sizes, *given, isolated=queries == "isolated")
+        return self._steps(classes, order, sizes, **given, isolated=queries == "isolated")
 
     def beginning(self, classes, order, guidance, generator, known, angles):
-        """What decoding starts from: (contexts, turns, x, cos_sin, kept).
+        """What decoding starts from: (contexts, positions, x, cos_sin, kept).
 
-        The batch holds c contexts, one after the other: turns, int64 [c * b, k + n], the known ones
-        first; x and cos_sin, the sequence to come, class P_1 x_1 ... P_k+n x_k+n, of whose image
-        tokens the first k are filled in; kept, [c * b, k + n, 1], 0 for the tokens that SCG drops.
+        The batch holds c contexts, one after the other: positions, int64 [c * b, k + n], the known
+        ones first; x and cos_sin, the sequence to come, class P_1 x_1 ... P_k+n x_k+n, of whose
+        image tokens the first k are filled in; kept, [c * b, k + n, 1], 0 for those that SCG drops.
         """
         contexts, classes = guidance.contexts(classes, self.null_class)  # c names, [c * b]
 
-        # The other image tokens go to places 2, 4, 6, ... when they have been drawn.
-        turns = torch.cat([known[0], order], dim=1).repeat(len(contexts), 1)  # [c * b, k + n]
-        blank = turns.new_zeros(len(turns), int(turns.max()) + 1)  # unknown, and not read
-        x, cos_sin = self.sequence(blank, classes, turns, angles)  # [c * b, 1 + 2 (k + n), d]
+        # Image tokens stand at the places 2, 4, 6, ...: the known ones, then those to be drawn.
+        positions = torch.cat([known[0], order], dim=1).repeat(len(contexts), 1)  # [c * b, k + n]
+        blank = positions.new_zeros(len(positions), int(positions.max()) + 1)  # unknown, unread
+        x, cos_sin = self.sequence(blank, classes, positions, angles)  # [c * b, 1 + 2 (k + n), d]
 
         # The last context may drop tokens. Which ones is decided once: a token's key and value stay
         # in the cache, and another decision could not change them.
-        (b, k), total = known[0].shape, turns.shape[1]
-        kept = x.new_ones(len(turns), total, 1)
+        b, k = known[0].shape
+        kept = x.new_ones(*positions.shape, 1)
         if DROPPED in contexts:
-            kept[-b:] = torch.rand(b, total, 1, generator=generator, device=x.device).ge(0.25)
+            kept[-b:] = torch.rand(kept[-b:].shape, generator=generator, device=x.device).ge(0.25)
         embedded = self.tok_embeddings(known[1]).repeat(len(contexts), 1, 1)  # [c * b, k, d]
         x[:, 2 : 2 + 2 * k : 2] = embedded * kept[:, :k]
-        return contexts, turns, x, cos_sin, kept
+        return contexts, positions, x, cos_sin, kept
 
     @torch.no_grad()
     def _steps(self, classes, order, sizes, guidance, sampling, generator, known, angles, isolated):
         """Alg. B, its arguments checked."""
-        contexts, turns, x, cos_sin, kept = self.beginning(classes, order, guidance, generator,
-                                                           known, angles)
-        (b, done), total, start_pos = known[0].shape, turns.shape[1], 0
+        contexts, positions, x, cos_sin, kept = self.beginning(classes, order, guidance, generator,
+                                                               known, angles)
+        (b, done), total, start_pos = known[0].shape, positions.shape[1], 0
         size = len(x), self.config.n_head, 2 * total, self.head_dim  # as long as in training
-        caches = x.new_zeros(self.config.n_layer, 2, *size)  # keys and values of every layer
+        caches = x.new_zeros(self.config.n_layer, 2, *size)  # [layers, 2, *size]: keys, values
 
         for m in sizes:
             # The input: what the cache does not hold yet of all that is known, and m queries.
@@ -539,12 +539,12 @@ class RandAR(nn.Module):
             if isolated:  # a query sees what is known and itself, as in training; not the paper's
                 end = start_pos + len(seen)
                 mask = x.new_ones(len(seen), end, dtype=torch.bool).tril(start_pos)
-                mask[-m:, -m:] = torch.eye(m, dtype=torch.bool, device=x.device)
+                mask[-m:, -m:] = torch.eye(m, dtype=torch.bool, device=x.device)  # [n, end]
             y = self.hidden_states(x[:, seen], cos_sin[:, seen], mask, caches, start_pos)
             share = torch.full((), done / total, device=x.device)
             logits = guidance.combine(contexts, self.logits(y[:, -m:]), share)  # [b, m, V]
             tokens = sample_tokens(logits, sampling, generator)  # [b, m]
-            yield Step(turns[:b, done : done + m], tokens, logits)
+            yield Step(positions[:b, done : done + m], tokens, logits)
 
             # The cache, after a step that decoded x_2 and x_3 with two queries:
             #
@@ -564,8 +564,8 @@ class RandAR(nn.Module):
 
         Positions that are neither in the order nor known come out as -1.
         """
-        options |= dict(known=known, angles=angles)
-        decoding = self.decode(classes, order, steps, cfg, scg, **options)
+        decoding = self.decode(classes, order, steps, cfg, scg, known=known, angles=angles,
+                               **options)
         num_tokens = math.prod(self.config.grid) if angles is None else len(angles)
         tokens = torch.full((len(classes), num_tokens), -1, device=classes.device)
         if known is not None:
@@ -590,11 +590,11 @@ def load_randar(path, device="cpu"):
 
     Raises UserError for a file that is missing, damaged or holds something else.
     """
-    import rar  # it builds on this file, and so cannot be imported before
+    import rar  # it imports this file, so not at the top
 
     model, content = checks.load_network(path, rar.recognise, device)
     model.class_names, model.order = content.get("class_names"), content.get("order", model.order)
     model.fingerprint = content.get("fingerprint")  # of its tokenizer; None: nobody noted it
     if model.order not in ORDERS or not all(isinstance(x, str) for x in model.class_names or []):
-        raise UserError(f"{path} names an order or classes that there are not: it is damaged")
+        raise UserError(f"{path} names an order or classes that do not exist: it is damaged")
     return model

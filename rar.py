@@ -9,11 +9,12 @@ sides. From RandAR to RAR it is two small steps and another decoder:
     Merged          [class + P_1, x_1 + P_2, x_2 + P_3, ..]   the token before says so: half as long
     RAR             [cls, class + P_1, x_1 + P_2, ...]        the same, in a vision transformer
 
-Half the length is half the cost; but where to go next is asked at the token before, and several
-questions at once have no place of their own: one token a step, as a rule. In parallel the last
-token is asked again and again, which no training has shown it. RandAR's paper found that much worse
-(Sec. 4.2); in the toy world it is not (docs/miniature.md). Dense and Merged are of its Table 2; all
-other sections, tables and equations in this file are of RAR's first arXiv version.
+Half the length is about half the cost. But it is the token before that is asked what comes next,
+so several questions at once have no tokens of their own: these models decode one token a step, if
+nobody says otherwise. In parallel the last token is asked again and again, which no training has
+shown it. RandAR's paper found that much worse (Sec. 4.2); in the toy world it is not
+(docs/miniature.md). Dense and Merged are of its Table 2; all other sections, tables and equations
+in this file are of RAR's first arXiv version.
 
     randomness            how many images are shuffled, and when (Sec. 3.2)
     Dense, Merged         RandAR with other position instruction tokens
@@ -89,39 +90,41 @@ class Merged(Dense):
         """[class + P_1, x_1 + P_2, ..., x_n], [b, 1 + n, d], and cos_sin; all else as RandAR's."""
         x, cos_sin = super().sequence(tokens, classes, order, angles)  # [class, P_1, x_1, ...]
         own, next_one = x[:, ::2], x[:, 1::2]  # class, x_1, ..., x_n; P_1, ..., P_n
-        return own + F.pad(next_one, (0, 0, 0, 1)), cos_sin[:, ::2]  # turned by its own position
+        next_one = F.pad(next_one, (0, 0, 0, 1))  # x_n asks for none: zeros
+        return own + next_one, cos_sin[:, ::2]  # rotated by its own position
 
     @torch.no_grad()
     def _steps(self, classes, order, sizes, guidance, sampling, generator, known, angles, isolated):
         """RandAR's loop. The queries of a step are the last known token, each with another P."""
         contexts, classes = guidance.contexts(classes, self.null_class)  # c names, [c * b]
-        positions, tokens = (x.repeat(len(contexts), 1) for x in known)  # [c * b, k]
-        turns = torch.cat([positions, order.repeat(len(contexts), 1)], dim=1)  # [c * b, k + n]
-        blank = turns.new_zeros(len(turns), math.prod(self.config.grid))  # what is unknown, unread
-        tokens = blank.scatter(1, positions, tokens)  # [c * b, N], raster order
+        known_positions, tokens = (x.repeat(len(contexts), 1) for x in known)  # [c * b, k]
+        order = order.repeat(len(contexts), 1)  # [c * b, n]
+        positions = torch.cat([known_positions, order], dim=1)  # [c * b, k + n]
+        blank = order.new_zeros(len(order), math.prod(self.config.grid))  # unknown, unread
+        tokens = blank.scatter(1, known_positions, tokens)  # [c * b, N], raster order
 
-        caches, start_pos, done, total = None, 0, positions.shape[1], turns.shape[1]
+        caches, start_pos, done, total = None, 0, known[0].shape[1], positions.shape[1]
         for m in sizes:
             # To embed all of the sequence anew is simple, and costs little beside the layers.
-            x, where = self.sequence(tokens, classes, turns)  # [c * b, prefix + total, ...]
+            x, where = self.sequence(tokens, classes, positions)  # [c * b, 1 (RAR: 2) + total, ...]
             if caches is None:
                 heads = self.config.n_head, x.shape[1], self.head_dim
                 caches = x.new_zeros(self.config.n_layer, 2, len(x), *heads)
 
             # The input: what the cache does not hold yet of all that is known, and m - 1 copies of
             # the last of it. The first query is as in training and stays; copies are overwritten.
-            last = x.shape[1] - total + done - 1
+            last = x.shape[1] - total + done - 1  # its place; the class's, if nothing is known
             seen = torch.arange(start_pos, last + m, device=x.device).clamp(max=last)
             x, where = x[:, seen], where[:, seen]
-            asked = self.position_instruction_tokens(None, turns[:, done : done + m])
+            asked = self.position_instruction_tokens(None, positions[:, done : done + m])
             x[:, -m:] += asked - asked[:, :1]  # [c * b, m, d]; they all ask for the first already
             y = self.hidden_states(x, where, caches=caches, start_pos=start_pos)
 
             share = torch.full((), done / total, device=x.device)
             logits = guidance.combine(contexts, self.logits(y[:, -m:]), share)  # [b, m, V]
             drawn = sample_tokens(logits, sampling, generator)  # [b, m]
-            yield Step(turns[: len(drawn), done : done + m], drawn, logits)
-            tokens.scatter_(1, turns[:, done : done + m], drawn.repeat(len(contexts), 1))
+            yield Step(positions[: len(drawn), done : done + m], drawn, logits)
+            tokens.scatter_(1, positions[:, done : done + m], drawn.repeat(len(contexts), 1))
             start_pos, done = last + 1, done + m
 
 
@@ -285,7 +288,8 @@ class RAR(Merged):
         own = torch.cat([first_two, self.pos_embed[0, 2 + order]], dim=1)  # [b, 2 + n, d]
         next_one = self.position_instruction_tokens(None, order)  # P: [b, n, d]
         condition = class_token + self.timesteps_embeddings[:, : x.shape[1]]
-        return own + F.pad(next_one, (0, 0, 1, 1)) + x, condition
+        next_one = F.pad(next_one, (0, 0, 1, 1))  # cls and x_n ask for none: zeros
+        return own + next_one + x, condition
 
     def position_instruction_tokens(self, cos_sin, positions):
         return self.target_aware_pos_embed[0, 2 + positions]  # [b, n, d]

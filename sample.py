@@ -4,7 +4,7 @@ A checkpoint goes in, a labelled grid of pictures comes out, by default of the t
 released weights, which are fetched once (support/released.py has their names): python sample.py
 --ckpt randar-L --classes 207 "red fox" (classes of ImageNet, by number or name).
 
-For measures of quality many pictures go into one file, here on eight GPUs, the same ones as on one:
+To measure quality, write many pictures into one file; eight GPUs draw the same ones as one:
 torchrun --nproc-per-node 8 sample.py --number 50000 --npz samples.npz
 """
 
@@ -63,12 +63,12 @@ def sample_batches(model, tokenizer, classes, seed, batch_size=64, rank=0, proce
     images: always the same, for chance in a batch follows from the seed and its number alone.
     """
     device, batches = next(model.parameters()).device, torch.as_tensor(classes).split(batch_size)
-    rounds = range(0, len(batches), processes)  # in each of them a batch for each process
+    starts = range(0, len(batches), processes)  # from each on, one batch for each process
     if rank == 0:
-        rounds = tqdm(rounds, "sampling", unit=" rounds")
-    for first in rounds:
-        drawn, mine = None, first + rank
-        if mine < len(batches):  # in the last round some have nothing to do
+        starts = tqdm(starts, "sampling", unit=" draws")
+    for start in starts:
+        drawn, mine = None, start + rank
+        if mine < len(batches):  # in the end some have nothing to do
             generator = torch.Generator(device).manual_seed(seed + 1_000_003 * mine)
             drawn = draw_batch(model, tokenizer, batches[mine].to(device), generator, **options)
 
@@ -86,7 +86,7 @@ def draw_batch(model, tokenizer, classes, generator, **options):
     the step in which each token was decoded.
     """
     tokens = torch.zeros(len(classes), *model.config.grid, dtype=torch.int64, device=classes.device)
-    steps = torch.zeros_like(tokens, dtype=torch.int32)  # [b, h, w] both; filled where they are
+    steps = torch.zeros_like(tokens, dtype=torch.int32)  # [b, h, w] both, filled step by step
     for i, step in enumerate(model.decode(classes, generator=generator, **options)):  # Alg. B
         tokens.flatten(1).scatter_(1, step.positions, step.tokens)
         steps.flatten(1).scatter_(1, step.positions, i)
@@ -151,7 +151,7 @@ def add_decoding_flags(add):
 
 
 def decoding_options(args):
-    """What of them the model's `decode` takes, by name; of args too, what was left open is set."""
+    """The arguments of `decode` that flags give: a dict. In args, too, flags left open are set."""
     usual = dict(cfg=(1.0, 4.0), temperature=1.0)
     for name, value in (usual | released.guidance_of(args.ckpt)).items():
         if getattr(args, name) is None:
@@ -159,7 +159,7 @@ def decoding_options(args):
     names = ("order", "steps", "queries", "drafts", "cfg", "power", "scg", "temperature", "top_k",
              "top_p")
     options = {name: getattr(args, name) for name in names}
-    return options | dict(steps=None) if args.drafts else options
+    return options | ({"steps": None} if args.drafts else {})  # drafts stand in its place
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ trains RAR, --position dense or merge an ablation of RandAR. On many GPUs: torch
 8 train.py --size XXL --data TOKENS. What appears in the folder --out:
 
     randar.pt (rar.pt)   the weights                   samples.png   what the model draws now
-    training.pt          all of it, for --resume       loss.png      the curves
+    training.pt          and all else, for --resume    loss.png      the curves
     tokenizer.pt         copied here, for sample.py    log.jsonl     a line of JSON for each report
 """
 
@@ -39,8 +39,8 @@ from tokenizer import load_tokenizer
 # The recipe
 #
 # The numbers are the paper's (Sec. 4.1). Gradient clipping and dropout in layers are the released
-# code's; micro-batches, pictures, and decaying matrices only are ours. Small models take larger
-# steps, and in the plain world need not forget anything. The authors' released weights come from
+# code's. Micro-batches, pictures, and weight decay of matrices only are ours. Small models have a
+# higher learning rate and, in the plain world, no dropout. The authors' released weights come from
 # another schedule: warm-up, and a cosine.
 
 RECIPE = {  # flag: (default, type, text)
@@ -60,7 +60,7 @@ RECIPE = {  # flag: (default, type, text)
     "picture_every": (500, positive_int, "steps to a checkpoint, held-out loss and pictures"),
 }
 TOY = {"steps": 1200, "batch_size": 64, "micro_batch": 64, "learning_rate": 3e-3, "dropout": 0.0,
-       "token_dropout": 0.0, "picture_every": 250}  # instead, for the sizes
+       "token_dropout": 0.0, "picture_every": 250}  # instead of the paper's
 FINE = TOY | {"steps": 3500, "batch_size": 32, "learning_rate": 2e-3, "token_dropout": 0.1,
               "picture_every": 500}
 TOY_SIZES = {"tiny": TOY, "toy": TOY, "fine": FINE}
@@ -147,9 +147,9 @@ def place_of_copy(args, path):
 def training_batch(tokens, step, args, part):
     """What a training step reads: tokens [n, N], classes [n], orders [n, N], drop_class bool [n].
 
-    part: a slice of the batch, the n images of this process. All chance follows from the seed and
-    the step's number, for the whole batch: a resumed training goes on exactly as it would have, and
-    many processes see together what one would see.
+    part: a slice of the batch, the n images of this process. All random numbers follow from the
+    seed and the step's number, for the whole batch: a resumed training goes on exactly as it would
+    have, and many processes see together what one would see.
     """
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     orders = generation_order(args.order, args.batch_size, tokens.grid, generator)  # [batch, N]
@@ -175,8 +175,8 @@ def train(args):
     """Train as the command line says, and write the files that the top of this file lists."""
     rank, processes, device = border.join_processes(args.device)
     model, optimizer, tokens, tokenizer, state = open_run(args, rank, processes, device)
-    share = args.batch_size // processes  # of each batch, as many images
-    part = slice(rank * share, (rank + 1) * share)  # and these
+    n = args.batch_size // processes  # images of each batch, for one process
+    part = slice(rank * n, (rank + 1) * n)  # those of this process
     stop, bad_steps = border.stop_at_signal(), 0  # stop: empty until Ctrl-C or SIGTERM
 
     # The model as the loop calls it: of many processes, compiled
@@ -189,21 +189,21 @@ def train(args):
                unit="step", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
         started = time.perf_counter()
-        batch = [x.to(device) for x in training_batch(tokens, step, args, part)]  # [share, ...]
+        batch = [x.to(device) for x in training_batch(tokens, step, args, part)]  # [n, ...]
         lr = learning_rate(step, args.steps, args.learning_rate, args.min_lr, args.descent,
                            args.warm_up, args.schedule == "cosine")
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # The gradients of micro-batches add up to those of the whole batch. bfloat16 has float32's
-        # range, so the loss needs no scaling. Dropout's chance follows from the image's number.
+        # range: the loss needs no scaling. Dropout's chance follows from the first image's number.
         totals = torch.zeros(2, device=device)  # the loss; how many processes were asked to stop
-        for first in range(0, share, args.micro_batch):
+        for first in range(0, n, args.micro_batch):
             micro_batch = [x[first : first + args.micro_batch] for x in batch]
             torch.manual_seed(args.seed * 1_000_003 + step * args.batch_size + part.start + first)
-            network.require_backward_grad_sync = first + args.micro_batch >= share  # once a step
+            network.require_backward_grad_sync = first + args.micro_batch >= n  # once a step
             with mixed_precision(device):
-                loss = network(*micro_batch)[1] * (len(micro_batch[0]) / share)
+                loss = network(*micro_batch)[1] * (len(micro_batch[0]) / n)
             loss.backward()
             totals[0] += loss.detach() / processes
 
@@ -216,7 +216,7 @@ def train(args):
         # A gradient that is not finite would spoil the weights for good: skip the step.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         bad_steps = 0 if norm.isfinite() else bad_steps + 1
-        if bad_steps == 10 or bad_steps and step + 1 == args.steps:
+        if bad_steps == 10 or (bad_steps and step + 1 == args.steps):
             raise UserError(f"the last {bad_steps} steps were skipped: lower the --learning-rate")
         if bad_steps:
             border.say(f"step {step + 1} skipped: the norm of its gradient is {norm:g}")
@@ -347,7 +347,8 @@ def open_run(args, rank, processes, device):
 
     # A model that knows nothing yet
     torch.manual_seed(args.seed)
-    model_class, config_class = KINDS[kind := "rar" if args.model == "rar" else args.position]
+    kind = "rar" if args.model == "rar" else args.position
+    model_class, config_class = KINDS[kind]
     dropouts = dict(token_dropout=args.token_dropout, dropout=args.dropout,
                     class_dropout=args.class_dropout)
     config = config_class(tokens.grid, tokens.codebook_size, len(tokens.class_names),
@@ -424,11 +425,9 @@ def main():
         parser.set_defaults(**RECIPES.get(args.size, {}))
         if args.model == "rar":
             parser.set_defaults(anneal=[0.5, 0.75])  # the last quarter is in raster order
-            parser.set_defaults(**{} if args.size in TOY_SIZES else RAR_RECIPE)
+            parser.set_defaults(**(RAR_RECIPE if args.size not in TOY_SIZES else {}))
         if args.resume:
-            settings = border.load(path, parts=PARTS).get("settings", {})
-            older = {"clip": "grad_clip", "last_learning_rate": "min_lr"}  # names in first files
-            parser.set_defaults(**{older.get(name, name): x for name, x in settings.items()})
+            parser.set_defaults(**border.load(path, parts=PARTS).get("settings", {}))
             parser.set_defaults(out=args.out, tokenizer=f"{args.out}/tokenizer.pt")  # the copy
         elif path.exists():
             raise UserError(f"{args.out} holds a training: add --resume, or give another --out")
