@@ -473,8 +473,8 @@ def inpaint_command(args, model, tokenizer, names):
 def outpaint_command(args, model, tokenizer, names):
     """continue pictures beyond their borders, also with a sliding window"""
     images, classes = inputs(args, model, tokenizer, number=5)
-    label = parse_classes(args.classes, names)[0] if args.classes else model.null_class
-    classes = torch.full_like(classes, label)
+    chosen = parse_classes(args.classes, names) if args.classes else [model.null_class]
+    classes = torch.tensor([chosen[i % len(chosen)] for i in range(len(images))]).to(images.device)
     h, w = token_grid(images, tokenizer)
     grid = args.grid or (h, w + w // 2)
     corner = args.corner or ((grid[0] - h) // 2, (grid[1] - w) // 2)  # in the middle
@@ -565,9 +565,9 @@ def main():
         rows = list(tqdm(args.run(args, model, tokenizer, names), unit=" rows", delay=1))
         height, width = rows[-1][1].shape[2:]  # pixels; only step 1 has fewer
         size = [side * max(1, 128 // height) for side in (height, width)]
-        shown = torch.cat([F.interpolate(images[:SHOWN], size) for _, images, _ in rows])
-        sheet = pictures.picture_grid(pictures.to_uint8(shown), [label for label, _, _ in rows])
-        pictures.save_picture(sheet, args.out)
+        shown = [(label, pictures.to_uint8(F.interpolate(images[:SHOWN], size)))
+                 for label, images, _ in rows]
+        pictures.save_picture(pictures.picture_grid(shown), args.out)
         print(f"wrote {args.out}, up to {SHOWN} pictures of each row")
         for label, images, classes in rows:
             if classes is not None:

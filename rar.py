@@ -252,6 +252,8 @@ class RAR(Merged):
 
     kind = "rar"
     predicting = slice(1, None)  # every token but cls: the class predicts x_1, ...
+    layers = property(lambda self: self.blocks)  # RandAR's names for what follows
+    output = property(lambda self: self.lm_head)
 
     def __init__(self, config):
         nn.Module.__init__(self)  # nothing of RandAR's network is in this one

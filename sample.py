@@ -36,7 +36,7 @@ def load_models(ckpt, tokenizer=None, device="cpu"):
     Both: paths, or words for released ones; None is the tokenizer that was released with the
     checkpoint, or tokenizer.pt beside it. UserError if they do not fit.
     """
-    tokenizer = tokenizer or released.tokenizer_of(ckpt)
+    tokenizer = tokenizer or released.known_of(ckpt)[0]
     model = load_randar(released.file_of(ckpt), device)
     beside = pathlib.Path(ckpt).with_name("tokenizer.pt")
     remedy = (f"give --tokenizer the one of {model.config.vocab_size} codes that it was trained "
@@ -153,7 +153,7 @@ def add_decoding_flags(add):
 def decoding_options(args):
     """The arguments of `decode` that flags give: a dict. In args, too, flags left open are set."""
     usual = dict(cfg=(1.0, 4.0), temperature=1.0)
-    for name, value in (usual | released.guidance_of(args.ckpt)).items():
+    for name, value in (usual | released.known_of(args.ckpt)[1]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     names = ("order", "steps", "queries", "drafts", "cfg", "power", "scg", "temperature", "top_k",
@@ -205,13 +205,13 @@ def keep(batches, classes, rows, most):
 
 def write_pictures(args, rows, names, f):
     """The grid and the animation of rows {class: its [pixels, steps]}; f: pixels a token."""
-    # What happened is read off the pictures: np.max(steps) is the number of the last step.
-    shown = [(label, *picture) for label, row in rows.items() for picture in row[:SHOWN]]
-    labels, pixels, steps = zip(*shown)
-    title = (f"{np.max(steps) + 1} steps, order {args.order}, cfg {args.cfg[0]:g} to "
-             f"{args.cfg[1]:g}, scg {args.scg:g}, seed {args.seed}")
-    grid = pictures.draw_grid(pixels, labels, [known[0] for known in names], title)
-    pictures.save_picture(grid, args.out)
+    # What happened is read off the pictures: the largest of steps is the number of the last step.
+    shown = {label: list(zip(*row[:SHOWN])) for label, row in rows.items() if row}
+    last = max(np.max(steps) for _, steps in shown.values())
+    title = (f"{last + 1} steps, order {args.order}, cfg {args.cfg[0]:g} to {args.cfg[1]:g}, "
+             f"scg {args.scg:g}, seed {args.seed}")
+    grid = [(names[label][0], pixels) for label, (pixels, _) in shown.items()]
+    pictures.save_picture(pictures.picture_grid(grid, title), args.out)
     print(f"wrote up to {SHOWN} pictures of each class to {args.out}; {title}")
 
     if args.gif:  # of the first picture of each class

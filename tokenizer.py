@@ -117,7 +117,7 @@ class Level(nn.Module):
         self.downsample, self.upsample = nn.Sequential(), nn.Sequential()  # filled below
 
     def forward(self, x):
-        """[b, c_in, h, w] -> [b, c_out, h, w], half or twice the h and w."""
+        """[b, c_in, h, w] -> [b, c_out, h, w]; all levels but the last halve or double h and w."""
         for block, attention in zip(self.res, self.attn):
             x = attention(block(x))
         return self.upsample(self.downsample(x))
@@ -394,8 +394,8 @@ def train_command(args):
 
     shown = from_uint8(validation[:10]).to(device)  # [10, 3, H, W]
     painted = tokenizer.decode(tokenizer.encode(shown))
-    pixels = to_uint8(torch.cat([shown, painted]))
-    save_picture(picture_grid(pixels, ["image", "repainted"]), sheet)  # a row of each
+    rows = [("image", to_uint8(shown)), ("repainted", to_uint8(painted))]
+    save_picture(picture_grid(rows), sheet)
     print(f"wrote {out} and, of {len(shown)} images, {sheet}")
 
 

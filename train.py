@@ -305,8 +305,8 @@ def draw_samples(model, tokenizer, args, title):
     # From tokens to a labelled sheet, a row for each class
     pixels = pictures.to_uint8(tokenizer.decode(tokens, model.config.grid))
     names = classes.names_of_classes(model.class_names, model.null_class)
-    sheet = pictures.draw_grid(pixels, labels.tolist(), [known[0] for known in names], title)
-    pictures.save_picture(sheet, f"{args.out}/samples.png")
+    rows = [(names[labels[i]][0], pixels[i : i + 8]) for i in range(0, len(pixels), 8)]
+    pictures.save_picture(pictures.picture_grid(rows, title), f"{args.out}/samples.png")
 
 
 def draw_loss(log, path):

@@ -89,21 +89,6 @@ def decoding_floor(model, streams, steps, rate, speed, apart=False):
 # What is measured: training and sampling
 
 
-def micro_batch_step(model, batch):
-    """A function that adds up gradients, as train.py does; model: may be compiled."""
-    device = next(model.parameters()).device
-    shape = (batch, math.prod(model.config.grid))
-    tokens = torch.randint(model.config.vocab_size, shape, device=device)  # [b, N]
-    classes = torch.randint(model.config.num_classes, (batch,), device=device)  # [b]
-
-    def learn():
-        with mixed_precision(device):
-            _, loss = model(tokens, classes)  # a random order for each image
-        loss.backward()
-
-    return learn
-
-
 def training_rows(model, batch, rate, seconds, compiled=False, accumulated=1):
     """A row for each way to train with a micro-batch, its share of AdamW's step included.
 
@@ -112,24 +97,26 @@ def training_rows(model, batch, rate, seconds, compiled=False, accumulated=1):
     """
     device, optimizer = next(model.parameters()).device, make_optimizer(model, 1e-4)
     gigabytes, rows, n = {}, [], math.prod(model.config.grid)
+    tokens = torch.randint(model.config.vocab_size, (batch, n), device=device)  # [b, N]
+    classes = torch.randint(model.config.num_classes, (batch,), device=device)  # [b]
+    ways = {"plain": model} | ({"compiled": torch.compile(model)} if compiled else {})
+
+    def learn(way):
+        """Add up gradients, as train.py does, and keep what it takes at most."""
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with mixed_precision(device):
+            _, loss = ways[way](tokens, classes)  # a random order for each image
+        loss.backward()
+        if device.type == "cuda":
+            gigabytes[way] = torch.cuda.max_memory_allocated(device) / 1e9
 
     def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()  # the gradients stay: the next micro-batch adds to them, as most do
 
-    def watched(way, learn):
-        """The same, and keep what it takes at most."""
-        def run():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            learn()
-            if device.type == "cuda":
-                gigabytes[way] = torch.cuda.max_memory_allocated(device) / 1e9
-        return run
-
-    ways = {"plain": model} | ({"compiled": torch.compile(model)} if compiled else {})
-    cases = {way: watched(way, micro_batch_step(ways[way], batch)) for way in ways}
-    times = interleaved(cases | {"AdamW": update}, device, seconds, "training")
+    cases = {way: functools.partial(learn, way) for way in ways} | {"AdamW": update}
+    times = interleaved(cases, device, seconds, "training")
     for way in ways:
         taken = times[way] + times["AdamW"] / accumulated
         rows.append(dict(training=way, tokens=n, batch=batch, seconds=taken, AdamW=times["AdamW"],
@@ -176,8 +163,8 @@ def sampling_rows(model, ways, rate, speed, seconds):
     for (way, batch, steps), taken in times.items():
         if way == "uncached":
             taken *= steps / 5  # of which five were made: their cost is a smooth curve
-        floor, apart = (decoding_floor(model, 2 * batch, steps, rate, speed, way)
-                        for way in (False, True))
+        floor, apart = (decoding_floor(model, 2 * batch, steps, rate, speed, apart)
+                        for apart in (False, True))
         rows.append(dict(sampling=way, tokens=math.prod(model.config.grid), batch=batch,
                          steps=steps, seconds=taken, images_per_second=batch / taken,
                          floor_seconds=floor, times_floor=taken / floor, floor_apart=apart))
@@ -290,6 +277,13 @@ def write(result, out):
     border.write_safely(out / "bench.json", lambda partial: partial.write_text(text))
 
 
+def limits(device, dtypes):
+    """({dtype: operations a second in products of matrices}, bytes a second that memory gives)."""
+    side = 8192 if device.type == "cuda" else 4096
+    rates = {dtype: matrix_rate(device, dtype, side) for dtype in dtypes}
+    return rates, 2**30 / sustained(torch.ones(2**28, device=device).sum)  # a gigabyte of float32
+
+
 def bench(args):
     """Measure as the command line says, print the tables, write them and the picture."""
     device, out = border.pick_device(args.device), pathlib.Path(args.out)
@@ -301,11 +295,9 @@ def bench(args):
         settings = settings | dict(grid=(side, side), vocab_size=512, num_classes=10)
     batch = args.batch_size or (64 if toy or gpu else 2)
 
-    # What the device can do: operations a second, in the precisions of train.py and of sample.py,
-    # and bytes a second that it reads from its memory, of far more than its caches hold.
+    # What the device can do at best, in the precisions of train.py and of sample.py
     learn, draws = border.fast_precision(device), decoding_precision(device)
-    rates = {dtype: matrix_rate(device, dtype, 8192 if gpu else 4096) for dtype in {learn, draws}}
-    speed = 2**30 / sustained(torch.ones(2**28, device=device).sum)  # a gigabyte of float32
+    rates, speed = limits(device, {learn, draws})
     name = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads"
     result = dict(machine=name, torch=torch.__version__, size=args.size, batch=batch,
                   TFLOP_per_second={str(dtype): rate / 1e12 for dtype, rate in rates.items()},
@@ -338,8 +330,7 @@ def bench(args):
     if gpu and compiled:
         compile_layers(model)
         ways = [("compiled", *sizes) for way, *sizes in ways if way == "cached"]
-        rows = sampling_rows(model, ways, rates[draws], speed, args.seconds)
-        result["sampling"] += show(rows)
+        result["sampling"] += show(sampling_rows(model, ways, rates[draws], speed, args.seconds))
 
     # Exact parallel decoding, of the weights that ship
     shipped = {"toy": "randar_toy.pt", "fine": "fine/randar.pt"}.get(args.size)
@@ -369,8 +360,8 @@ def main():
     with border.one_line_errors(smaller="--batch-size"):
         if args.rar:
             device = border.pick_device(args.device)
-            gpu = device.type == "cuda" and border.can_compile(device)
-            for compiled in (False, True) if gpu else (False,):
+            compiles = device.type == "cuda" and border.can_compile(device)
+            for compiled in (False, True) if compiles else (False,):
                 show(rar_rows(args.rar, args.batch_size or 64, device, args.seconds, compiled))
         else:
             bench(args)

@@ -214,7 +214,7 @@ def main():
     parser = border.command_line(__doc__)
     add = parser.add_argument
     add("--samples", required=True, help=".npz: arr_0 uint8 [n, H, W, 3], arr_1 the classes")
-    add("--reference", help="real pictures, likewise (default: fresh ones of the toy world)")
+    add("--reference", help="real pictures, likewise (default: fresh ones of our world)")
     add("--inception", help="inception-2015-12-05.pt (default: the toy world's judge)")
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     add("--out", help="also write the figures here, as JSON")
@@ -227,7 +227,9 @@ def main():
         if args.reference:
             reference = read_npz(args.reference)
         else:  # fresh pictures, which nothing has learnt from
-            reference = {"arr_0": toy.make(max(1000, len(pixels)), judge.JUDGE_SEED + 2)[0]}
+            world = "fine" if pixels.shape[1] == toy.WORLDS["fine"] else "plain"
+            number = max(1000, len(pixels))
+            reference = {"arr_0": toy.make(number, judge.JUDGE_SEED + 2, world)[0]}
 
         extractor, stored = functools.partial(judge_features, device=device), {}
         if args.inception:  # classes of its own; statistics in files are those of its features

@@ -97,7 +97,8 @@ def toy_pairs(number, seed, world="plain"):
         source, here = toy.draw(label, rng, world, **one)
         target, there = toy.draw(label, rng, world, **other)
         both = [name for name in here if name in there]
-        points = [torch.tensor([places[name] for name in both]).float() for places in (here, there)]
+        points = [torch.tensor([places[name] for name in both]).view(-1, 2).float()
+                  for places in (here, there)]  # the fine world may show none twice
         images = pictures.from_uint8(np.stack([source, target]))
         pairs.append(Pair(*images, *points, side, toy.CLASSES[label]))
     return pairs

@@ -64,10 +64,12 @@ def main():
     randar.SIZES["toy"] |= dict(n_head=heads)
     path = border.CHECKPOINTS / f"miniature/toy_{STEPS}.pt"  # "paper" ships
     if args.model != "paper":
-        folder = border.writable_folder(args.out) / args.model
-        path = folder / "randar.pt"
-        if not path.is_file():
-            sys.argv = f"train.py --steps {STEPS} --descent 0 --out {folder}".split()
+        with border.one_line_errors():
+            folder = border.writable_folder(args.out) / args.model
+        path, saved = folder / "randar.pt", folder / "training.pt"
+        if not saved.is_file() or border.load(saved)["step"] < STEPS:
+            sys.argv = ["train.py", "--steps", str(STEPS), "--descent", "0", "--out", str(folder)]
+            sys.argv += ["--resume"] if saved.is_file() else []
             train.main()
 
     with border.one_line_errors():

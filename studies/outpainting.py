@@ -19,6 +19,7 @@ from tqdm import tqdm
 from apps import outpaint, outpaint_by_windows
 from sample import load_models
 from support import border, judge, pictures, toy
+from support.border import UserError
 
 TIMES = 4  # as wide
 UNSEEN = 3 * 10**9  # the seed of pictures to start from
@@ -71,6 +72,9 @@ def measure(pixels, classes, side, new):
             left = min(max(0, (start + end - side) // 2), picture.shape[1] - side)
             windows.append(pixels[i, :, left : left + side])
             wanted.append(classes[i] if classes is not None else -1)
+
+    if not windows or not continued:
+        raise UserError("no picture has a new object, or free sky, to judge: give more, --number")
 
     # The judge looks at each object in a window of its own.
     _, logits = judge.judge_features(pictures.from_uint8(np.stack(windows)))

@@ -221,7 +221,7 @@ def writable_folder(path, option="--out"):
 
 
 @contextlib.contextmanager
-def alone(out):
+def alone(out, option="--out"):
     """Around the making of a file or folder: UserError if another process is making it.
 
     A lock file beside it holds the number of the process. The system forgets a lock when its
@@ -243,7 +243,7 @@ def alone(out):
         except BlockingIOError:
             file.seek(0)
             raise UserError(f"process {file.read()} is writing {out}: wait until it ends, or give "
-                            "another --out") from None
+                            f"another {option}") from None
         except (ImportError, OSError):
             pass  # nobody can lock anything here: go on without
         yield
@@ -271,7 +271,7 @@ def output(path, option="--out", others=()):
         raise UserError(f"{path} is there already, and no picture of ours: give another {option}, "
                         "or delete it")
     writable_folder(path.parent, option)
-    held.enter_context(alone(path))
+    held.enter_context(alone(path, option))
 
 
 def save(content, path):
@@ -312,8 +312,3 @@ def load(path, device="cpu", parts=()):
     if missing:
         raise UserError(f"{path} has no {missing[0]!r}, so it is none of train.py: give another")
     return content
-
-
-def half_precision(state_dict):
-    """A state dict in float16: half the size on disk; load_state_dict makes it float32 again."""
-    return {name: x.half() if x.is_floating_point() else x for name, x in state_dict.items()}

@@ -88,18 +88,20 @@ def config_of(config_class, settings, path):
         else:
             good = type(x) is kind and (x > 0 or kind is bool)
         if name not in defaults or not good:
-            raise UserError(f"{path} names a model with {name} = {x!r}, which there is not: it is "
-                            "damaged, or of another version")
+            raise UserError(f"{path} names a network with {name} = {x!r}, which there is not: it "
+                            "is damaged, or of another version")
     config = config_class(**settings)
     if hasattr(config, "n_head") and config.dim % (4 * config.n_head):
-        raise UserError(f"{path} names a model of width {config.dim} with {config.n_head} heads: "
+        raise UserError(f"{path} names a network of width {config.dim} with {config.n_head} heads: "
                         "expected a multiple of 4 for each head")
     return config
 
 
 def save_network(network, path, half=False, **more):
     """Write a network with a dataclass as `config`, and more; half: weights in float16."""
-    state = border.half_precision(network.state_dict()) if half else network.state_dict()
+    state = network.state_dict()
+    if half:  # load_state_dict makes it float32 again
+        state = {name: x.half() for name, x in state.items()}
     border.save({"config": dataclasses.asdict(network.config), "model": state} | more, path)
 
 

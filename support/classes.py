@@ -21,9 +21,7 @@ def names_of_classes(class_names, number):
     if number == len(imagenet):
         known |= {str(i): (name, wordnet, str(i)) for i, (wordnet, name) in enumerate(imagenet)}
         class_names = class_names or [wordnet for wordnet, _ in imagenet]  # a released checkpoint
-    if class_names is None:
-        class_names = []
-    class_names = class_names + [f"class {i}" for i in range(len(class_names), number)]
+    class_names = class_names or [f"class {i}" for i in range(number)]
     return [known.get(name, (name,)) for name in class_names]
 
 

@@ -147,8 +147,9 @@ def pack_tokens(folder, tokenizer, tokenizer_path, out):
     # The first file decides the shape of all.
     codes = tokenizer.config.codebook_size
     first = read_tokens(paths[0], codes)  # [crops, N]
-    if first is None:
-        raise UserError(f"{paths[0]} holds no tokens: expected integers [crops, N], below {codes}")
+    if first is None or math.isqrt(first.shape[1]) ** 2 != first.shape[1]:
+        raise UserError(f"{paths[0]} holds no tokens of square images: expected integers "
+                        f"[crops, N], below {codes}")
     side = math.isqrt(first.shape[1])
 
     class_names = [str(i) for i in range(numbers.max() + 1)]

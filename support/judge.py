@@ -37,7 +37,7 @@ CONVOLUTIONS = {  # input channels, output channels, stride
 
 
 class Judge(nn.Module):
-    """A classifier of at most 353,000 parameters; with GroupNorm a score depends on one picture."""
+    """A classifier of at most 354,000 parameters; with GroupNorm a score depends on one picture."""
 
     def __init__(self, world):
         super().__init__()
@@ -121,8 +121,7 @@ def labelled_batch(n, seed, world, side):
         rng = np.random.default_rng([*seed, i])
         labels[i] = rng.integers(ANSWERS[:3])
         class_index, colour, background = labels[i]
-        look = dict(colour=colour, background=background)
-        images[i], _ = toy.draw(class_index, rng, world, side, **look)
+        images[i], _ = toy.draw(class_index, rng, world, side, colour=colour, background=background)
     return from_uint8(images), torch.from_numpy(labels)
 
 
@@ -186,7 +185,7 @@ def train_judge(steps, path, world="plain"):
         schedule.step()
 
     # Mean and covariance are those of the rounded weights, which is what users load.
-    weights = border.half_precision(network.state_dict())
+    weights = {name: x.half() for name, x in network.state_dict().items()}
     network.load_state_dict(weights)
     content = {"weights": weights}
     for side in tqdm(SIDES[world], "statistics"):

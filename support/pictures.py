@@ -78,65 +78,51 @@ def with_dots(pixels, points, zoom=4):
 # Labelled grids and animations
 
 
-def picture_grid(pixels, row_labels, title=""):
-    """A labelled PIL picture: one row of images for each label.
+def picture_grid(rows, title=""):
+    """A labelled PIL picture; rows: (label, pixels uint8 [n, h, w, 3]) of each.
 
-    pixels: uint8 [n, h, w, 3], row after row, n = rows * columns; row_labels: one str a row; title:
-    one line on top. Small images are enlarged with hard pixel edges: what the model drew.
+    Shorter rows end in white. title: one line on top. Small images are enlarged with hard pixel
+    edges: what the model drew.
     """
-    columns, gap = len(pixels) // len(row_labels), 6
-    scale = max(1, 96 // max(pixels.shape[1:3]))
-    cells = pixels.repeat(scale, 1).repeat(scale, 2)
+    columns, gap, white = max(len(row) for _, row in rows), 6, np.full_like(rows[0][1][0], 255)
+    cells = [image for _, row in rows for image in [*row, *[white] * (columns - len(row))]]
+    scale = max(1, 96 // max(white.shape[:2]))
+    cells = np.stack(cells).repeat(scale, 1).repeat(scale, 2)
     cells = np.pad(cells, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)  # [n, H, W, 3]
-    rows = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)]
-    grid, height = Image.fromarray(np.vstack(rows)), cells.shape[1]
+    lines = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+    grid, height = Image.fromarray(np.vstack(lines)), cells.shape[1]
 
     # Labels to the left, the title above
     font = ImageFont.load_default(size=15)
-    margin = gap + int(max(font.getlength(label) for label in row_labels)) + gap
+    margin = gap + int(max(font.getlength(label) for label, _ in rows)) + gap
     top = gap + (22 if title else 0)
     width = max(margin + grid.width, int(font.getlength(title)) + 2 * gap)
     sheet = Image.new("RGB", (width, top + grid.height), "white")
     sheet.paste(grid, (margin, top))
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap - 2), title, fill="black", font=font)
-    for row, label in enumerate(row_labels):
+    for row, (label, _) in enumerate(rows):
         middle = top + row * height + (height - gap) // 2
         draw.text((margin - gap, middle), label, fill="black", font=font, anchor="rm")
     return sheet
 
 
-def draw_grid(pixels, classes, class_names, title):
-    """A labelled PIL picture with a row for each class; shorter rows end in white.
-
-    pixels: uint8 [n, H, W, 3]; classes: n ints; class_names: list of str, of all classes.
-    """
-    rows = {label: [] for label in classes}
-    for image, label in zip(pixels, classes):
-        rows[label].append(image)
-
-    columns = max(map(len, rows.values()))
-    white = np.full_like(pixels[0], 255)
-    cells = [image for row in rows.values() for image in row + [white] * (columns - len(row))]
-    return picture_grid(np.stack(cells), [class_names[label] for label in rows], title)
-
-
-def draw_gif(pixels, turns, f, path):
+def draw_gif(pixels, steps, f, path):
     """Write an animation: grey pictures fill up in the order of decoding, in four seconds.
 
-    pixels: uint8 [n, H, W, 3], the finished pictures; turns: int [n, h, w], the step that decoded
+    pixels: uint8 [n, H, W, 3], the finished pictures; steps: int [n, h, w], the step that decoded
     each token; f: pixels a token. A token's pixels appear, as they are in the end, in its step.
     """
-    steps, columns = int(turns.max()) + 1, math.ceil(math.sqrt(len(pixels) * 2))
-    rows = [i // columns for i in range(len(pixels))]  # in which row each is shown
-    step_of_pixel = turns.repeat(f, axis=1).repeat(f, axis=2)[..., None]  # [n, H, W, 1]
+    number, columns = int(steps.max()) + 1, math.ceil(math.sqrt(len(pixels) * 2))
+    step_of_pixel = steps.repeat(f, axis=1).repeat(f, axis=2)[..., None]  # [n, H, W, 1]
 
     frames = []
-    for step in range(steps + 1):
+    for step in range(number + 1):
         cells = np.where(step_of_pixel < step, pixels, np.uint8(UNDECODED))
-        frames.append(draw_grid(cells, rows, [""] * len(rows), f"step {step} of {steps}"))
+        rows = [("", cells[i : i + columns]) for i in range(0, len(cells), columns)]
+        frames.append(picture_grid(rows, f"step {step} of {number}"))
 
-    durations = [4000 // steps] * steps + [2000]  # milliseconds; the last one stays for a while
+    durations = [4000 // number] * number + [2000]  # milliseconds; the last one stays
     save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations,
                  loop=0)
 
@@ -146,7 +132,8 @@ def picture_format(path):
     kinds = {".png": "png", ".gif": "gif", ".jpg": "jpeg", ".jpeg": "jpeg"}
     kind = kinds.get(pathlib.Path(path).suffix.lower())
     if kind is None:
-        raise UserError(f"cannot write a picture as {path}: give a name that ends in .png or .gif")
+        raise UserError(f"cannot write a picture as {path}: give a name that ends in .png, .jpg or "
+                        ".gif")
     return kind
 
 

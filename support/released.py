@@ -35,14 +35,12 @@ RELEASED = {
 }
 
 
-def tokenizer_of(word):
-    """The word for the tokenizer of released weights; None for anything else."""
-    return RELEASED[word][2] if word in RELEASED else None
+def known_of(word):
+    """(the word for its tokenizer, how its authors draw: arguments of decode) of released weights.
 
-
-def guidance_of(word):
-    """How its authors draw from released weights: arguments of decode. Of anything else: none."""
-    return RELEASED[word][3] if word in RELEASED else {}
+    (None, {}) for anything else.
+    """
+    return RELEASED[word][2:] if word in RELEASED else (None, {})
 
 
 def file_of(word):

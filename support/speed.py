@@ -5,7 +5,6 @@ The MFU, at best 1, is training_flops of all images in a second as a share of ma
 
 import functools
 import math
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -15,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from support.border import fast_precision
 
-attention = F.scaled_dot_product_attention  # as it is before speed_up_cpu
-
 
 def causal_attention(q, k, v, dropout=0.0):
     """The last n tokens of a sequence read all before them, and themselves: [b, heads, n, D].
@@ -24,6 +21,11 @@ def causal_attention(q, k, v, dropout=0.0):
     q: [b, heads, n, D], of these n; k, v: [b, heads, length, D], of all; dropout: of the weights.
     """
     n, length = q.shape[2], k.shape[2]
+    if n == length and v.dtype is torch.bfloat16 and not v.is_cuda and n < 256:
+        # On a CPU a compiled toy step (128 tokens) takes 1.9 times as long in bfloat16; one of the
+        # fine model (512) is faster in it.
+        with torch.autocast("cpu", enabled=False):
+            return causal_attention(q.float(), k.float(), v.float(), dropout).bfloat16()
     if n == length:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
@@ -43,23 +45,13 @@ def mixed_precision(device):
 
 
 def speed_up_cpu():
-    """Attention of short sequences in float32 from now on, and sums in a fixed order.
+    """Sums in a fixed order from now on.
 
-    In bfloat16 a compiled toy step (128 tokens) takes 1.9 times as long; a fine one (512) is faster
-    in bfloat16. Without a fixed order threads add up gradients as they come, and a resumed training
-    is not the same to the last bit.
+    Otherwise threads add up gradients as they come, and a resumed training is not the same to the
+    last bit.
     """
-    F.scaled_dot_product_attention = attention_on_a_cpu
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and only finds mistakes
-
-
-def attention_on_a_cpu(q, k, v, *arguments, **options):
-    """F.scaled_dot_product_attention of q, k, v [b, heads, n, D]; returns [b, heads, n, D]."""
-    with torch.autocast("cpu", enabled=False):
-        if v.dtype is torch.bfloat16 and v.shape[2] < 256:
-            return attention(q.float(), k.float(), v.float(), *arguments, **options).bfloat16()
-        return attention(q, k, v, *arguments, **options)
 
 
 def compile_layers(model):
@@ -69,28 +61,22 @@ def compile_layers(model):
     batch of one first is compiled for one only, and once more for others.
     """
     torch._dynamo.config.recompile_limit = 64  # a step may be the first of its shape
-    for layer in layers_and_head(model)[0]:
+    for layer in model.layers:
         layer.compile(dynamic=True)
-
-
-def layers_and_head(model):
-    """Of every kind of model; RAR's names are those of its released weights."""
-    return (model.blocks, model.lm_head) if model.kind == "rar" else (model.layers, model.output)
 
 
 def checkpoint_activations(model):
     """Keep only the input of each layer, and compute the layer again when its gradient is due."""
-    for layer in layers_and_head(model)[0]:
+    for layer in model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def training_flops(model):
     """Floating-point operations of one training image: forward, and backward twice as dear."""
-    layers, head = layers_and_head(model)
     num_tokens = math.prod(model.config.grid)
     length = num_tokens * (model.predicting.step or 1)  # 2 N; N, where no token is inserted
-    in_layers = sum(p.numel() for p in layers.parameters())  # each token meets each of them once
-    weights = length * in_layers + num_tokens * head.weight.numel()
+    in_layers = sum(p.numel() for p in model.layers.parameters())  # each token meets all of them
+    weights = length * in_layers + num_tokens * model.output.weight.numel()
 
     # Query by key, then weight by value: d multiplications each for every pair of tokens, half of
     # which a causal model needs.
@@ -99,13 +85,9 @@ def training_flops(model):
 
 
 def sustained(function):
-    """Seconds of one call, when a device has been busy for a second: it may slow down in that time.
-
-    The median of ten tenths of a second, in each of which calls follow each other without a pause.
-    """
+    """Seconds of one call: the median while a device is busy for a second, and may slow down."""
     timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-    calls = max(1, round(0.1 / timer.blocked_autorange().median))
-    return median(timer.timeit(calls).median for _ in range(10))
+    return timer.blocked_autorange(min_run_time=1).median
 
 
 @functools.cache

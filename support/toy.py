@@ -267,10 +267,11 @@ def main():
     parser = border.command_line(__doc__)
     parser.add_argument("--out", default="toy.png", help="the picture to write (default: toy.png)")
     args = parser.parse_args()
-    images = [draw(i // 10, np.random.default_rng(i))[0] for i in range(100)]  # ten of each class
+    rows = [(name, [draw(i, np.random.default_rng(10 * i + j))[0] for j in range(10)])
+            for i, name in enumerate(CLASSES)]
     with border.one_line_errors():
         border.output(args.out)
-        pictures.save_picture(pictures.picture_grid(np.stack(images), CLASSES), args.out)
+        pictures.save_picture(pictures.picture_grid(rows), args.out)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def test_a_bad_value_inside_a_file_is_said_with_the_files_name(model, tmp_path, 
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     content["config"][name] = value
     torch.save(content, tmp_path / "a.pt")
-    assert "names a model" in complaint(tmp_path / "a.pt")
+    assert "names a network" in complaint(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("name, value", [("order", "zigzag"), ("class_names", [1, 2])])

@@ -333,7 +333,7 @@ def test_unusable_token_files_are_skipped_counted_and_named(released, run, capsy
     ("photos", "no files .npy in photos/CLASS"),
     ("named", "named has folders that are no class numbers"),
     ("dated", "dated has folders that are no class numbers"),
-    ("high", "high/0/a.npy holds no tokens: expected integers")])
+    ("high", "high/0/a.npy holds no tokens of square images: expected integers")])
 def test_a_folder_without_tokens_is_one_line(here, run, capsys, folder, problem):
     for place in ("high/0", "named/cat", "dated/20240131"):
         (here / place).mkdir(parents=True)

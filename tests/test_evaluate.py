@@ -204,7 +204,7 @@ def measured(run, monkeypatch, tmp_path, networks):
     """A function that runs a command line in a folder with files, and returns its figures."""
     monkeypatch.chdir(tmp_path)
     draw = toy.make
-    monkeypatch.setattr(toy, "make", lambda n, seed: draw(min(n, 300), seed))  # 1,000 take a second
+    monkeypatch.setattr(toy, "make", lambda n, seed, world="plain": draw(min(n, 300), seed))  # 1,000: slow
 
     def measured(line):
         Path("figures.json").unlink(missing_ok=True)

@@ -50,14 +50,14 @@ def drawn(folder, run):
 
 @pytest.fixture
 def grids(monkeypatch):
-    """A list to which each grid that is drawn adds its pictures and their classes."""
-    grids, draw_grid = [], pictures.draw_grid
+    """A list to which each grid that is drawn adds its pictures and their labels."""
+    grids, picture_grid = [], pictures.picture_grid
 
-    def spy(pixels, classes, *rest):
-        grids.append((np.stack(pixels), list(classes)))
-        return draw_grid(pixels, classes, *rest)
+    def spy(rows, title):
+        grids.append((np.concatenate([row for _, row in rows]), [name for name, row in rows for _ in row]))
+        return picture_grid(rows, title)
 
-    monkeypatch.setattr(pictures, "draw_grid", spy)
+    monkeypatch.setattr(pictures, "picture_grid", spy)
     return grids
 
 
@@ -71,7 +71,7 @@ def grids(monkeypatch):
     ("--classes 0", [0] * 8)])
 def test_classes_are_names_or_numbers(folder, run, grids, options, expected):
     run(f"{SAMPLE} {options}")
-    assert grids[0][1] == expected and (folder / "samples.png").is_file()
+    assert grids[0][1] == [NAMES[i] for i in expected] and (folder / "samples.png").is_file()
 
 
 def below_the_title(path):
@@ -160,11 +160,11 @@ def test_batches_differ_and_do_not_depend_on_how_many_there_are(drawn):
 def test_the_picture_has_at_most_ten_classes_up_to_twelve_times(drawn, grids):
     save_randar(small_model(num_classes=30), "weights/randar.pt")
     file = drawn("--number 400 --batch-size 64 --steps 1")
-    [(pixels, classes)] = grids
-    assert sorted(classes) == sorted(list(range(0, 30, 3)) * 12)
+    [(pixels, labels)] = grids
+    assert sorted(labels) == sorted([f"class {i}" for i in range(0, 30, 3)] * 12)
     for label in (0, 27):
         expected = file["arr_0"][file["arr_1"] == label][:12]
-        assert (pixels[np.equal(classes, label)] == expected).all()
+        assert (pixels[np.equal(labels, f"class {label}")] == expected).all()
 
 
 def test_a_batch_leaves_the_memory_while_the_next_one_is_drawn(tmp_path):
