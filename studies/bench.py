@@ -35,6 +35,8 @@ from support.speed import (compile_layers, matrix_rate, mixed_precision, speed_u
 from tokenizer import MASKGIT_VQ16, Tokenizer, TokenizerConfig
 from train import RECIPE, RECIPES, TOY_SIZES, make_optimizer
 
+MANY = 64  # images that exact decoding draws at a time
+
 # ------------------------------------------------------------------------------------------------
 # How it is measured, and by what
 
@@ -193,7 +195,7 @@ def tokens_read(model, classes, options):
 
 
 def exact_rows(model, seconds, compiled=False):
-    """A row for each way to decode, of one image and of 64: exact decoding beside the paper's.
+    """A row for each way to decode, of one image and of MANY: exact decoding beside the paper's.
 
     model: a trained one, for made-up weights draft badly. compiled: its layers are, from then on.
     """
@@ -201,10 +203,10 @@ def exact_rows(model, seconds, compiled=False):
     ways = {"one token a step": dict(steps=-1), "paper": dict(steps=default_steps(num_tokens))}
     ways |= {f"exact, {drafts} drafts": dict(drafts=drafts) for drafts in (2, 4, 8, 16)}
     ways = {way: options | dict(cfg=(1.0, 1.5)) for way, options in ways.items()}
-    batches = {batch: torch.arange(batch, device=device) % model.null_class for batch in (1, 64)}
+    batches = {batch: torch.arange(batch, device=device) % model.null_class for batch in (1, MANY)}
 
-    # How many steps exact decoding takes depends on chance: the mean of 64 images.
-    counts = {(batch, way): [tokens_read(model, classes, options) for _ in range(64 // batch)]
+    # How many steps exact decoding takes depends on chance: the mean of so many images.
+    counts = {(batch, way): [tokens_read(model, classes, options) for _ in range(MANY // batch)]
               for batch, classes in batches.items() for way, options in ways.items()}
     if compiled:
         compile_layers(model)

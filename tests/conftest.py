@@ -1,7 +1,7 @@
 """Makes the files importable, wherever pytest is started from; and what many tests start from."""
 
+import contextlib
 import importlib
-import json
 import pathlib
 import shlex
 import shutil
@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import pytest  # noqa: E402  (after the path)
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from helpers import SMALL, N, V, run_typed, seeded, small_model, small_tokenizer, write_images  # noqa: E402
+from helpers import SMALL, N, V, seeded, small_model, small_tokenizer, write_images  # noqa: E402
 
 from randar import generation_order  # noqa: E402
 from support import border  # noqa: E402
@@ -47,25 +47,16 @@ def attention_calls(monkeypatch):
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
-    """A folder with photographs, a tokenizer, tokens, a training and its pictures, made by commands.
-
-    said.json maps each command to what it said.
-    """
+    """A folder with photographs, a tokenizer, tokens, a training and its pictures, made by commands."""
     folder = tmp_path_factory.mktemp("workshop")
     write_images(folder / "photos", names=("dog", "cat"), number=4, size=(24, 20))
     (folder / "photos" / "cat" / "0.png").write_text("no image")
     save_tokenizer(small_tokenizer(), folder / "tok.pt")
-    said = {command: run_typed(line, folder) for command, line in {
-        "encode": "tokenizer.py encode --images photos --out tokens --tokenizer tok.pt",
-        "train": f"train.py --data tokens --steps 4 --picture-every 2 {SMALL} --out trained",
-        "sample": "sample.py --ckpt trained/randar.pt --out pictures/drawn.png --gif --steps 5"}.items()}
-    (folder / "said.json").write_text(json.dumps(said))
+    with in_this_process() as run, contextlib.chdir(folder):
+        run("tokenizer.py encode --images photos --out tokens --tokenizer tok.pt")
+        run(f"train.py --data tokens --size tiny --steps 4 --picture-every 2 {SMALL} --out trained")
+        run("sample.py --ckpt trained/randar.pt --out pictures/drawn.png --gif --steps 5")
     return folder
-
-
-@pytest.fixture
-def said(workshop):
-    return json.loads((workshop / "said.json").read_text())
 
 
 @pytest.fixture
@@ -76,18 +67,25 @@ def here(workshop, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """A function that runs a command line in this process: a new one needs seconds to start."""
+@contextlib.contextmanager
+def in_this_process():
+    """Gives a function that runs a command line here: a new process needs seconds to start."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore Ctrl-C
-    monkeypatch.setattr(border, "can_compile", lambda device: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(border, "can_compile", lambda device: False)
 
-    def run(line):
-        script, *arguments = shlex.split(line)
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+        def run(line):
+            script, *arguments = shlex.split(line)
+            patch.setattr(sys, "argv", [script, *arguments])
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
 
-    yield run
+        yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def run():
+    with in_this_process() as run:
+        yield run

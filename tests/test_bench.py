@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
-from helpers import N, V, inputs_of, seeded
+from helpers import N, V, inputs_of, seeded, small_model
 from PIL import Image
 
 from studies import bench
-from support import border
 
 CPU = torch.device("cpu")
 STEPS = pytest.mark.parametrize("steps", [1, 5, -1])
@@ -90,7 +89,8 @@ def test_cases_run_in_turn_until_the_time_is_up_and_the_first_round_does_not_cou
     assert calls == list("ab" * 3)  # 4 seconds are over after two rounds that count
 
 
-def test_exact_decoding_is_counted_and_timed_beside_the_paper_s(model):
+def test_exact_decoding_is_counted_and_timed_beside_the_paper_s(model, monkeypatch):
+    monkeypatch.setattr(bench, "MANY", 2)  # images at a time
     rows = {(row["batch"], row["decoding"]): row for row in bench.exact_rows(model.eval(), 0)}
     assert len(rows) == 2 * 6 and all(row["seconds"] > 0 for row in rows.values())
     plain, exact = rows[1, "one token a step"], rows[1, "exact, 4 drafts"]
@@ -111,7 +111,7 @@ def test_the_command_writes_every_figure_and_a_picture(run, tmp_path, monkeypatc
     monkeypatch.setitem(bench.SIZES, "toy", dict(dim=32, n_layer=1, n_head=2, dropout=0.0))
     monkeypatch.setattr(bench, "matrix_rate", lambda *_: 1e11)
     monkeypatch.setattr(bench, "default_steps", lambda num_tokens: 22)  # 352 take seconds
-    monkeypatch.setattr(border, "can_compile", lambda device: False)
+    monkeypatch.setattr(bench, "sustained", lambda function: 0.1)  # seconds; really, one or two
     monkeypatch.setattr(bench, "exact_rows", lambda *_: [dict(decoding="exact")])  # of a trained model
     run(f"studies/bench.py --batch-size 2 --seconds 0.001 --device cpu --out {tmp_path}/out")
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
@@ -123,9 +123,9 @@ def test_the_command_writes_every_figure_and_a_picture(run, tmp_path, monkeypatc
     assert Image.open(tmp_path / "out" / "bench.png").size == (1300, 500)
 
 
-def test_compiled_training_is_plain_training(model, batch):
+def test_compiled_training_is_plain_training(batch):
     torch.compiler.reset()
-    gradients = []
+    model, gradients = small_model(n_layer=1), []
     for network in (model, torch.compile(model, backend="aot_eager")):
         model.zero_grad()
         loss = network(*batch)[1]

@@ -143,7 +143,7 @@ KEPT = {  # a file that was there before, or a command's own input, stays
     "train.py --data tokens --steps 1 --out own": "own/log.jsonl is there already: give another --out",
     "train.py --data tokens --steps 1 --out other": "other/tokenizer.pt is another tokenizer",
     "train.py --size tiny --steps 1 --out my": "my/tokens holds tokens of .*photos: add --data my/tokens",
-    "studies/evaluate.py --samples a.npz --out said.json": "said.json is there already",
+    "studies/evaluate.py --samples a.npz --out own/log.jsonl": "own/log.jsonl is there already",
     "train.py --size tiny --steps 1 --out other": "other/tokenizer.pt is another tokenizer",
     f"{SAMPLE} --out {'a' * 300}.png": "cannot write aaa.* too long",
     "studies/features.py --out photos/cat/1.png": "photos/cat/1.png is there already",
@@ -164,8 +164,11 @@ def test_what_a_command_did_not_make_is_refused_before_the_work_and_stays(here, 
 
 
 def test_a_picture_of_ours_is_replaced_by_the_next_one(here, run):
+    drawn = []
     for seed in (1, 2):
         run(f"{SAMPLE} --gif --seed {seed}")
+        drawn.append((here / "samples.gif").read_bytes())
+    assert drawn[0] != drawn[1]
 
 
 def test_a_training_that_was_killed_before_its_first_checkpoint_starts_again(here, run):

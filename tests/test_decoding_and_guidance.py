@@ -196,20 +196,6 @@ def test_known_tokens_are_context(model, batch):
         assert (abs(one.logits - other.logits).amax(-1) > 1e-4).all()
 
 
-def test_known_tokens_weigh_like_tokens_that_were_decoded(model, batch):
-    tokens, classes, order = batch
-    known = order[:, :6], tokens.gather(1, order[:, :6])
-    step = next(model.decode(classes, order[:, 6:], steps=-1, cfg=(1, 1), known=known))
-    assert torch.allclose(step.logits[:, 0], model(tokens, classes, order)[0][:, 6], atol=1e-4)
-
-
-def test_nothing_known_is_plain_generation(model, batch):
-    _, classes, order = batch
-    empty = order[:, :0], order[:, :0]
-    with_empty = model.generate(classes, order, steps=5, scg=1.5, known=empty, generator=seeded(4))
-    assert (with_empty == model.generate(classes, order, steps=5, scg=1.5, generator=seeded(4))).all()
-
-
 def test_positions_neither_known_nor_decoded_are_minus_one(model, batch):
     tokens, classes, order = batch
     known = order[:, :2], tokens[:, :2]
@@ -221,22 +207,6 @@ def test_nothing_to_decode_leaves_the_known_tokens(model, batch):
     tokens, classes, order = batch
     known = order, tokens.gather(1, order)
     assert (model.generate(classes, order[:, :0], known=known) == tokens).all()
-
-
-def test_other_angles_give_images_on_another_grid(model):
-    grid, classes = (3, 5), torch.tensor([1, 2])
-    angles = randar.grid_angles(grid, model.head_dim)
-    order = generation_order("random", 2, grid, seeded(0))
-    known = order[:, :4], torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-    image = model.generate(classes, order[:, 4:], steps=4, known=known, angles=angles, generator=seeded(1))
-    assert image.shape == (2, 15) and image.min() >= 0 and (image.gather(1, known[0]) == known[1]).all()
-
-
-def test_the_models_own_angles_are_the_default(model, batch):
-    _, classes, order = batch
-    angles = randar.grid_angles((4, 4), model.head_dim)
-    own = model.generate(classes, order, 4, angles=angles, generator=seeded(0))
-    assert (own == model.generate(classes, order, 4, generator=seeded(0))).all()
 
 
 def test_only_differences_of_positions_count_except_for_the_instruction_itself(model, batch):

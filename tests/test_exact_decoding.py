@@ -10,12 +10,12 @@ import exact
 from randar import CLASS, NULL, Guidance, Sampling, probabilities
 
 CODES, TOKENS, SAMPLES = 3, 4, 5_000  # of the smallest model: 81 images, each can be counted
-BATCH = 200  # drawn at a time
+BATCH = 1000  # drawn at a time
 
 
 @pytest.fixture(scope="module")
 def smallest():
-    return small_model(grid=(2, 2), vocab_size=CODES, dim=8, n_head=1).double()
+    return small_model(grid=(2, 2), vocab_size=CODES, dim=8, n_layer=1, n_head=1).double()
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def fits(statistic, freedom):
 
 
 @pytest.mark.parametrize("drafts, options", [
-    (1, {}), (2, {}), (5, {}),  # even more than there are tokens
+    (1, {}), (5, {}),  # even more than there are tokens
     (3, dict(cfg=(1, 1))), (2, dict(known=1)),
     (3, dict(sampling=Sampling(temperature=0.7, top_k=2))), (3, dict(sampling=Sampling(top_p=0.8)))])
 def test_images_have_the_probability_that_one_token_a_step_gives_them(smallest, drafts, options):
@@ -73,9 +73,8 @@ def logits_of_training(model, tokens, label, order, kept=None):
     return model.logits(model.hidden_states(x[:, :-1], cos_sin[:, :-1])[:, 1::2])
 
 
-@pytest.mark.parametrize("scg", [1.0, 1.7])
-@pytest.mark.parametrize("drafts", [1, 3, 20])
-@pytest.mark.parametrize("known", [0, 5])
+@pytest.mark.parametrize("drafts, known, scg", [
+    (1, 0, 1.0), (1, 5, 1.7), (3, 0, 1.7), (3, 5, 1.0), (20, 5, 1.0)])
 def test_every_token_is_drawn_from_the_logits_of_one_token_a_step(model, batch, drafts, known, scg):
     tokens, classes, order = (x[:1] for x in batch)
     prefix = order[:, :known], tokens.gather(1, order[:, :known])
@@ -102,11 +101,6 @@ def test_images_of_a_batch_go_on_at_their_own_pace(model, batch):
     assert len(set(alone)) > 1  # some need more steps than others
     steps = list(model.decode(classes, order, drafts=4, generator=seeded(0)))
     assert max(len(step.tokens[0]) for step in steps) <= 5  # at most all drafts and a query
-
-
-def test_this_would_show_if_every_draft_were_kept(smallest, monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape))
-    assert not fits(*chi_square(smallest, 3))
 
 
 def test_this_would_show_if_failed_drafts_were_drawn_again_from_p(smallest, monkeypatch):

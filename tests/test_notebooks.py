@@ -217,7 +217,7 @@ class TwoDevices(torch.overrides.TorchFunctionMode):  # what is made for a GPU i
 
 @pytest.mark.parametrize("name", ["1_orders", "solutions/1_orders"])
 def test_no_tensor_of_the_cpu_meets_one_of_the_gpu(name, monkeypatch):
-    randar, tokenizer = small_model(num_classes=10, n_layer=1), small_tokenizer()
+    randar, tokenizer = small_model(num_classes=10, n_layer=1, grid=(2, 2)), small_tokenizer()
     for module in (*randar.modules(), *tokenizer.modules()):
         module._parameters |= {key: x if x is None else x.detach().as_subclass(Far)
                                for key, x in module._parameters.items()}

@@ -217,6 +217,8 @@ def test_the_command_learns_a_drawn_world(here, run, monkeypatch, options, world
         return make(4, seed, world)
 
     monkeypatch.setattr(toy, "make", few)
+    monkeypatch.setattr(tokenizer, "train_tokenizer",
+                        lambda untrained, images, validation, steps, out, **_: save_tokenizer(untrained, out))
     run(f"{LEARN} {options}")
     assert load_tokenizer("new/tok.pt").config == TokenizerConfig(image_size=side)
     assert drawn == [(40_000, 1, world), (250, 2, world)]
