@@ -300,16 +300,10 @@ def test_a_grid_of_another_shape_than_training_works_throughout(tokenizer):
 
 
 MISTAKES = [
-    (lambda *m: inpaint(*m, noise(18, 17), mask_of(1), CLASSES), "H and W multiples of 4"),
     (lambda *m: inpaint(*m, noise(), mask_of(1)[:12], CLASSES), r"\[2, 16, 16\], .*\[2, 12, 16"),
     (lambda *m: inpaint(*m, noise(), torch.stack([mask_of(1), mask_of(1, 2)]), CLASSES),
      "must miss equally many tokens: give such masks"),
-    (lambda *m: inpaint(*m, noise(), mask_of(1), torch.tensor([0, C + 1])), "classes must be"),
-    (lambda *m: inpaint(*m, noise(), mask_of(1), CLASSES[:1]), r"expected classes \[2\]"),
-    (lambda *m: outpaint(*m, noise(), (3, 8), CLASSES), "4 x 4 tokens.*into a grid of 3 x 8"),
     (lambda *m: outpaint(*m, noise(), (6, 6), CLASSES, (0, 3)), "its corner at 0, 3, does not fit"),
-    (lambda m, t: encode_features(m, t.encode(noise()), layer=3), "layer must be from 1 to 2"),
-    (lambda m, t: encode_features(m, t.encode(noise()), order="spirl"), "unknown order"),
     (lambda m, t: attention_maps(m, t.encode(noise()), [1, 0]), "layer must be from 1 to 2"),
 ]
 
@@ -321,16 +315,12 @@ def test_what_does_not_fit_is_refused(model, tokenizer, call, problem):
 
 
 @pytest.mark.parametrize("kind, call", [
-    (kind, call) for kind, calls in {
-        "dense merge rar": (
-            lambda *m: outpaint(*m, noise(), (5, 7), CLASSES),
-            lambda *m: extrapolate(*m, CLASSES),
-            lambda *m: inpaint(*m, noise(16, 24), mask_of(1, grid=(4, 6)), CLASSES)),
-        "merge rar": (
-            lambda m, t: encode_features(m, t.encode(noise())),
-            lambda m, t: attention_maps(m, t.encode(noise()))),
-        "dense": (lambda m, t: encode_features(m, t.encode(noise(16, 24)), grid=(4, 6)),),
-    }.items() for kind in kind.split() for call in calls])
+    ("dense", lambda *m: outpaint(*m, noise(), (5, 7), CLASSES)),
+    ("rar", lambda *m: extrapolate(*m, CLASSES)),
+    ("merge", lambda *m: inpaint(*m, noise(16, 24), mask_of(1, grid=(4, 6)), CLASSES)),
+    ("rar", lambda m, t: encode_features(m, t.encode(noise()))),
+    ("merge", lambda m, t: attention_maps(m, t.encode(noise()))),
+    ("dense", lambda m, t: encode_features(m, t.encode(noise(16, 24)), grid=(4, 6)))])
 def test_what_a_kind_of_model_cannot_do_is_refused_by_name(tokenizer, kind, call):
     with pytest.raises(UserError, match=f"of the kind '{kind}'"):
         call(model_of_kind(kind), tokenizer)

@@ -1,4 +1,4 @@
-"""The commands as users type them: README's parse, mistakes are one line, bugs keep their traceback."""
+"""The commands as users type them: those of the documents parse, mistakes are one line, bugs keep their traceback."""
 
 import importlib
 import json
@@ -97,16 +97,10 @@ MISTAKES = {
     "sample.py --ckpt nowhere.pt": "nowhere.pt",  # a missing file
     "sample.py --ckpt tok.pt": "holds no weights of RandAR or RAR",  # a wrong file
     "sample.py --ckpt trained/randar.pt --steps 0": "--steps",  # a number out of range
-    "sample.py --ckpt trained/randar.pt --steps many": "--steps",  # no number
     "sample.py --ckpt trained/randar.pt --classes bird": "no class 'bird'.*cat, dog",  # an unknown name
     "sample.py --ckpt trained/randar.pt --order zigzag": "zigzag.*random",  # an unknown choice
     "sample.py --ckpt trained/randar.pt --out photos/cat/1.png/a.png": "cannot write",  # no such place
-    "sample.py --ckpt trained/randar.pt --device nonsense": "device 'nonsense'.*--device cpu",
-    "studies/bench.py --seconds -1": "--seconds",
     "sample.py --ckpt trained/randar.pt --device meta": "device 'meta'.*--device cpu",  # holds no numbers
-    "train.py --data nowhere": "nowhere",
-    "train.py --size L": "tokens",  # a large model wants tokens, not the toy world
-    "train.py --data photos": "tokenizer.py encode --images",  # tokens come first
     "tokenizer.py encode --images nowhere --out new": "nowhere",
     "tokenizer.py": "train|encode",  # a part of the command is missing
 }

@@ -379,7 +379,7 @@ def test_a_token_folder_knows_what_it_holds(folder):
     assert all(isinstance(shard, np.memmap) and shard.mode == "r" for shard in folder.shards)
 
 
-def test_a_folder_of_the_first_round_has_all_its_tokens_in_one_file(folder, tmp_path):
+def test_a_folder_of_the_first_version_has_all_its_tokens_in_one_file(folder, tmp_path):
     expected = folder.batch(3, 7)
     np.save(tmp_path / "tokens.npy", np.concatenate(folder.shards))
     for path in tmp_path.glob("tokens-*.npy"):

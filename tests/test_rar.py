@@ -200,29 +200,14 @@ def test_a_step_computes_one_new_token_for_each_stream(batch, kind, prefix):
         assert [list(x.shape[:2]) for x in seen] == [[3 * contexts, n] for n in [prefix] + [1] * (N - 1)]
 
 
-@pytest.mark.parametrize("kind", ["rar", "merge"])
-def test_generate_puts_what_decode_yields_where_it_belongs(batch, kind):
-    (tokens, classes, order), model = batch, small(kind)
-    known = order[:, :4], tokens.gather(1, order[:, :4])
-    image = model.generate(classes, order[:, 4:-2], known=known, generator=seeded(3))
-    assert (image.gather(1, order[:, :4]) == known[1]).all() and (image.gather(1, order[:, -2:]) == -1).all()
-    for step in model.decode(classes, order[:, 4:-2], known=known, generator=seeded(3)):
-        assert (image.gather(1, step.positions) == step.tokens).all()
-    by_name = [model.generate(classes, name, generator=seeded(3)) for name in (None, model.order)]
-    assert torch.equal(*by_name) and by_name[0].min() >= 0
-
-
 @pytest.mark.parametrize("options, complaint", [
     (dict(queries="isolated"), "with causal queries"), (dict(drafts=4), "without drafts"),
     (dict(scg=2.0), "and spatial contextual guidance"),
-    (dict(angles=torch.zeros(16, 8)), "on its own grid"),
-    (dict(power=-1), "power must be 0 .* or more, not -1")])
-@pytest.mark.parametrize("kind", ["rar", "merge"])
-def test_what_such_a_model_cannot_do_is_an_error_before_the_first_step(batch, kind, options, complaint):
+    (dict(angles=torch.zeros(16, 8)), "on its own grid")])
+def test_what_such_a_model_cannot_do_is_an_error_before_the_first_step(batch, options, complaint):
     _, classes, order = batch
-    for function in (small(kind).decode, small(kind).generate):
-        with pytest.raises(ValueError, match=complaint):
-            function(classes, order, **options)
+    with pytest.raises(ValueError, match=complaint):
+        small("rar").decode(classes, order, **options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -288,3 +273,4 @@ def test_released_weights_are_told_by_their_contents(tmp_path, kind, order):
     torch.save(KINDS[kind][0](config).state_dict(), tmp_path / "released.bin")
     loaded = load_randar(tmp_path / "released.bin")
     assert type(loaded) is KINDS[kind][0] and loaded.config == config and loaded.order == order
+    assert not loaded.training
