@@ -474,7 +474,7 @@ def outpaint_command(args, model, tokenizer, names):
     """continue pictures beyond their borders, also with a sliding window"""
     images, classes = inputs(args, model, tokenizer, number=5)
     chosen = parse_classes(args.classes, names) if args.classes else [model.null_class]
-    classes = torch.tensor([chosen[i % len(chosen)] for i in range(len(images))]).to(images.device)
+    classes = torch.tensor(chosen).repeat(len(images))[: len(images)].to(images.device)  # in turn
     h, w = token_grid(images, tokenizer)
     grid = args.grid or (h, w + w // 2)
     corner = args.corner or ((grid[0] - h) // 2, (grid[1] - w) // 2)  # in the middle
@@ -491,8 +491,7 @@ def outpaint_command(args, model, tokenizer, names):
 def extrapolate_command(args, model, tokenizer, names):
     """draw more tokens than in training, and what each part of the method does (as Fig. 6)"""
     chosen = parse_classes(args.classes, names) if args.classes else range(len(names))
-    classes = [chosen[i % len(chosen)] for i in range(args.number)]
-    classes = torch.tensor(classes, device=args.device)
+    classes = torch.tensor(chosen).repeat(args.number)[: args.number].to(args.device)  # in turn
 
     whole = dict(factor=args.factor, frequencies=args.frequencies) | decoding_options(args)
     for row, changes in ({"step 1": dict(factor=1)} | PARTS).items():

@@ -51,7 +51,7 @@ def keep_or_redraw(drafted, q, p, generator=None):
 def layout(drafts, device):
     """What one step reads of the sequence, r tokens, counted from x_i: (reads, s, at_p, sees).
 
-    reads: int64 [r], how far behind x_i; the first s follow each other, and stay in the cache.
+    reads: int64 [r], how far after x_i; the first s follow each other, and stay in the cache.
     at_p: int64 [2 drafts + 1], which of them are P or Q. sees: bool [r, r], which others each sees.
     """
     s = 2 * drafts + 2

@@ -413,7 +413,6 @@ def main():
     train.add_argument("--out", default="my/tokenizer.pt", help="default: my/tokenizer.pt")
     train.add_argument("--device", help="default: a GPU where there is one")
 
-    # Images become tokens.
     encode = commands.add_parser("encode", help="turn a folder of images into a token folder")
     encode.add_argument("--images", required=True, help="a folder of class folders of images")
     encode.add_argument("--image-size", type=border.positive_int, help="default: the tokenizer's")

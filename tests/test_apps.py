@@ -569,6 +569,15 @@ def test_each_command_writes_one_picture(folder, run, capsys, monkeypatch, line,
     assert Image.open("new/a.png").width > 100 and "wrote new/a.png" in capsys.readouterr().out
 
 
+def test_several_classes_are_taken_in_turn(folder, run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(apps, "outpaint", lambda m, t, images, grid, classes, *_, **__: (
+        asked.append(classes.tolist()) or images, None))
+    monkeypatch.setattr(apps, "outpaint_by_windows", apps.outpaint)
+    run("apps.py outpaint --classes 1 4 --number 1 --out new.png")
+    assert asked == 2 * [[1, 4, 1, 4, 1]]  # five pictures of the toy world
+
+
 WRONG = {
     "inpaint --ckpt randar.pt": "does not know the toy world: give a picture, --image",
     f"inpaint {PHOTO} --image odd.png": r"H and W multiples of 4, got \[1, 3, 15, 22\]: crop",

@@ -1,4 +1,4 @@
-"""The commands as users type them: those of the documents parse, mistakes are one line, bugs keep their traceback."""
+"""The commands as users type them: documented ones parse, a mistake is one line, bugs keep a traceback."""
 
 import importlib
 import json

@@ -200,13 +200,13 @@ INCEPTION = "--inception NETWORKS/inception.pt"
 
 
 @cache
-def fresh(seed, draw=toy.make):
-    return draw(300, seed)
+def fresh(seed, world, draw=toy.make):
+    return draw(300, seed, world)
 
 
 def few(n, seed, world="plain"):
     """In place of toy.make: 1,000 pictures take seconds."""
-    return [x[:n] for x in fresh(seed)]
+    return [x[:n] for x in fresh(seed, world)]
 
 
 @pytest.fixture
@@ -235,6 +235,13 @@ def test_toy_pictures_go_through_without_any_other_file(measured, capsys):
     assert rubbish["precision"] == rubbish["recall"] == 0
     assert "300 samples, 300 pictures of the reference" in said
     assert "sFID       left out" in said and f"FID       {fresh['FID']:9.4f}   lower is" in said
+
+
+def test_samples_of_the_fine_world_are_compared_with_fresh_ones_of_it(measured):
+    images, classes, _ = toy.make(100, 7, "fine")
+    np.savez("fine.npz", arr_0=images, arr_1=classes)
+    figures = measured("--samples fine.npz")
+    assert figures["accuracy"] > 0.95 and figures["precision"] > 0.8
 
 
 def test_inceptions_figures_come_from_two_files(measured, networks):

@@ -1,6 +1,7 @@
 """What a training step costs, and what makes it cheaper: support/speed.py."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -35,6 +36,10 @@ def test_the_rate_of_matrix_products_counts_multiplications_and_additions(monkey
     monkeypatch.setattr(speed, "sustained", lambda product: 0.5)  # seconds
     rate = speed.matrix_rate.__wrapped__(torch.device("cpu"), torch.float32, side=8)
     assert rate == 2 * 8**3 / 0.5
+
+
+def test_a_function_takes_as_long_as_it_takes():
+    assert 0.02 <= speed.sustained(lambda: time.sleep(0.02)) < 0.04
 
 
 @pytest.mark.parametrize("kind", KINDS)
