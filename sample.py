@@ -122,7 +122,7 @@ def add_model_flags(add):
     """Those of every command."""
     add("--ckpt", default=border.CHECKPOINTS / "randar_toy.pt",
         help="weights of train.py, or released ones, by file or by name: randar-L, randar-XL, "
-        "randar-L-maskgit, rar-B, -L, -XL, -XXL (default: the toy model that ships)")
+        "randar-L-maskgit, rar-B, -L, -XL, -XXL (default: a toy model that ships)")
     add("--tokenizer", help="ours, or a released one: llamagen, maskgit, or its file (default: the "
         "one that --ckpt was released with, or tokenizer.pt beside it)")
     add("--order", help=f"one of {', '.join(ORDERS)} (default: that of the model's training)")
@@ -134,7 +134,7 @@ def add_model_flags(add):
 def add_decoding_flags(add):
     """Those of commands that decode. None: as the authors of released weights do, or the usual."""
     add("--steps", type=border.step_count,
-        help="of decoding (default: 88 per 256 tokens; -1, so for extrapolate: one token a step)")
+        help="of decoding (default: 88 per 256 tokens, 128 for extrapolate; -1: one token a step)")
     add("--queries", choices=("causal", "isolated"), default="causal",
         help="whether tokens of one step see each other's position (causal, the paper's) or not")
     add("--drafts", type=border.positive_int, metavar="N",

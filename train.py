@@ -61,7 +61,7 @@ RECIPE = {  # flag: (default, type, text)
 }
 TOY = {"steps": 1200, "batch_size": 64, "micro_batch": 64, "learning_rate": 3e-3, "dropout": 0.0,
        "token_dropout": 0.0, "picture_every": 250}  # instead of the paper's
-FINE = TOY | {"steps": 3500, "batch_size": 32, "learning_rate": 2e-3, "token_dropout": 0.1,
+FINE = TOY | {"steps": 6000, "batch_size": 32, "learning_rate": 2e-3, "token_dropout": 0.1,
               "picture_every": 500}
 TOY_SIZES = {"tiny": TOY, "toy": TOY, "fine": FINE}
 NIGHT = {"batch_size": 256}  # ours, and not tuned: ten hours of ImageNet on an A100, by formula

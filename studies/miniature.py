@@ -47,7 +47,7 @@ PARALLEL, ALL = 22, 64  # decoding steps: 88 of 256 as a share of 64, and one to
 # Figure 4a wants the same training after fewer steps. The learning rate is constant up to the last
 # sixth: a training to 600 steps without a descent is the beginning of that to 5,400.
 
-STEPS, FINE_STEPS, ANNEALED_STEPS = 5400, 3500, 2400
+STEPS, FINE_STEPS, ANNEALED_STEPS = 5400, 6100, 2400
 TRAININGS = {  # name: flags of train.py, and the steps at which weights are kept
     "toy": ("", (600, 1800, STEPS)),
     "tiny": ("--size tiny", (600, 1800, STEPS)),
@@ -134,7 +134,7 @@ def ways(model, order, steps, drafts, trained=STEPS):
     return [run_of(model, n, order, trained=trained, **way) for n, way in rows]
 
 
-WHOLE = dict(factor=2, hierarchical=True, frequencies=2, scg=2.5)  # apps.extrapolate's defaults
+WHOLE = dict(factor=2, hierarchical=True, frequencies=1, scg=2.5)  # apps.extrapolate's defaults
 RUNS = {  # file: the runs that a table or figure of the paper compares
     # Table 1, last block, and RAR: each at each guidance
     "guidance": [run_of(*way, cfg) for way in (

@@ -71,7 +71,7 @@ def test_weight_decay_is_for_matrices_only(model):
 
 @pytest.mark.parametrize("line, expected", [
     ("", dict(steps=1200, batch_size=64, learning_rate=3e-3, dropout=0.0, token_dropout=0.0)),
-    ("--size fine --data fine", dict(steps=3500, batch_size=32, token_dropout=0.1, dropout=0.0)),
+    ("--size fine --data fine", dict(steps=6000, batch_size=32, token_dropout=0.1, dropout=0.0)),
     ("--size L --data tokens", dict(
         steps=360_000, batch_size=1024, micro_batch=32, learning_rate=4e-4, min_lr=1e-5,
         descent=1 / 6, weight_decay=0.05, grad_clip=1.0, dropout=0.1, token_dropout=0.1,
