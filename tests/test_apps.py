@@ -601,10 +601,12 @@ def test_a_mistake_on_the_command_line_is_one_line_with_exit_code_two(folder, ru
 # ------------------------------------------------------------------------------------------------
 # With the weights that ship
 
+TOY = border.CHECKPOINTS / "randar_toy.pt"
+
 
 @pytest.mark.parametrize("line", ["inpaint --number 1", "edit --number 1 --class fish",
                                   "outpaint --number 1 --steps 4", "correspond --number 2",
-                                  "extrapolate --steps 3 --number 2"])
+                                  f"extrapolate --ckpt {TOY} --steps 3 --number 2"])
 def test_each_command_draws_its_own_example(folder, run, capsys, line):
     run(f"apps.py {line}")
     said, command = capsys.readouterr().out, line.split()[0]
@@ -618,10 +620,28 @@ def test_editing_keeps_the_background_and_changes_the_object():
     images, classes = pictures.from_uint8(pixels), torch.from_numpy(classes)
     wanted = (classes + torch.randint(1, 10, (40,), generator=seeded(0))) % 10
     mask = F.pad(torch.ones(24, 24), (4, 4, 4, 4)) > 0
-    model = load_randar(border.CHECKPOINTS / "randar_toy.pt")
+    model = load_randar(TOY)
     tokenizer = load_tokenizer(border.CHECKPOINTS / "tokenizer.pt")
     edited, _ = inpaint(model, tokenizer, images, mask, wanted, generator=seeded(1))
     assert judge.judge(edited, wanted)["accuracy"] >= 0.8
     assert judge.judge(edited, classes)["accuracy"] < 0.1
     corners = np.ix_(range(40), range(3), (0, 31), (0, 31))
     assert abs(edited.numpy()[corners] - images.numpy()[corners]).mean() < 0.05
+
+
+def test_true_pictures_of_twice_the_size_are_likeliest_with_one_frequency_extrapolated():
+    """Hence the default of `extrapolate`: with more than two, angles are new to the model (notebook 6)."""
+    model = load_randar(border.CHECKPOINTS / "fine/randar.pt")
+    tokenizer = load_tokenizer(border.CHECKPOINTS / "fine/tokenizer.pt")
+    (small, classes, _), (large, _, _) = (toy.make(3, 7, "fine", side) for side in (64, 128))
+    with torch.no_grad():
+        first, tokens = (tokenizer.encode(pictures.from_uint8(x)) for x in (small, large))
+        tokens.view(3, 32, 32)[:, ::2, ::2] = first.view(3, 16, 16)  # step 1 as it should be
+        order, nats = generation_order("hierarchical", 3, (32, 32), seeded(0)), {}
+        for k in (0, 1, 3):
+            angles = extrapolation_angles((16, 16), 2, k, model.head_dim)
+            x, cos_sin = model.sequence(tokens, torch.from_numpy(classes), order, angles)
+            logits = model.logits(model.hidden_states(x[:, :-1], cos_sin[:, :-1])[:, 1::2])
+            rest = (logits.mT[..., 256:], tokens.gather(1, order)[:, 256:])
+            nats[k] = F.cross_entropy(*rest).item()
+    assert nats[1] < nats[0] - 0.3 and nats[0] < nats[3] - 0.2  # of 40 pictures 2.31, 3.10, 3.63
