@@ -47,7 +47,7 @@ PARALLEL, ALL = 22, 64  # decoding steps: 88 of 256 as a share of 64, and one to
 # Figure 4a wants the same training after fewer steps. The learning rate is constant up to the last
 # sixth: a training to 600 steps without a descent is the beginning of that to 5,400.
 
-STEPS, FINE_STEPS, ANNEALED_STEPS = 5400, 6100, 2400
+STEPS, FINE_STEPS, ANNEALED_STEPS = 5400, 6100, 2400  # what ships of fine: in two goes, 3,500 first
 TRAININGS = {  # name: flags of train.py, and the steps at which weights are kept
     "toy": ("", (600, 1800, STEPS)),
     "tiny": ("--size tiny", (600, 1800, STEPS)),
