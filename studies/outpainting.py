@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from apps import outpaint, outpaint_by_windows
+from apps import FINE, outpaint, outpaint_by_windows
 from sample import load_models
 from support import border, judge, pictures, toy
 from support.border import UserError
@@ -87,7 +87,7 @@ def measure(pixels, classes, side, new):
 def main():
     parser = border.command_line(__doc__)
     add = parser.add_argument
-    add("--ckpt", default=toy.folder("fine") / "randar.pt", help="(default: the fine model)")
+    add("--ckpt", default=FINE, help="(default: the fine model)")
     add("--number", type=border.positive_int, default=100, help="pictures (default: 100)")
     add("--steps", type=border.step_count, help="of decoding (default: 88 for 256 tokens)")
     add("--seed", type=border.seed, default=0, help="(default: 0)")
