@@ -2,7 +2,7 @@
 
 Without arguments: the toy models of random and of raster order, layer by layer, in one round and
 in two. With SPair-71k's pictures, --data DIR: parts of objects are matched by the features of one
-layer, and some of them drawn. The features themselves are in apps.py.
+layer, and some of them drawn. The features themselves are in bidirectional.py.
 
     correct, pck, linear_probe      is the same part found? can a linear function tell the class?
     toy_pairs, spair_pair           pictures whose corresponding points are known
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from apps import checked_layer, features_by_layer, nearest_points, tokens_of
+from bidirectional import checked_layer, features_by_layer, nearest_points, tokens_of
 from randar import ORDERS
 from sample import load_models
 from support import border, pictures, toy
