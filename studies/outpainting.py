@@ -31,10 +31,7 @@ def look(pixels, side):
     unlike: pixels that have neither of the background's two colours, which the judge names from the
     first `side` columns. sky: how many pixels of a column have the upper one.
     """
-    network, _, _ = judge.load_judge("cpu", side)
-    with torch.no_grad():
-        _, logits = network(pictures.from_uint8(pixels[:, :, :side]))
-    background = logits.split(judge.ANSWERS, dim=1)[2].argmax(1).numpy()  # [n]
+    background = judge.labels_seen(pictures.from_uint8(pixels[:, :, :side]))[:, 2].numpy()  # [n]
     colours = np.array(list(toy.BACKGROUNDS.values()))[background]  # [n, 2, 3]
 
     far = [abs(pixels.astype(int) - colours[:, None, None, i]).max(-1) > 20 for i in (0, 1)]

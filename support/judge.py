@@ -28,16 +28,18 @@ from support.speed import mixed_precision
 
 JUDGE_SEED = 10**9  # it learns from (JUDGE_SEED, step) and is scaled on JUDGE_SEED + 1: use others
 REFERENCE_SIZE = 10_000  # fresh pictures that stand for the world
-ANSWERS = (len(toy.CLASSES), len(toy.COLOURS), len(toy.BACKGROUNDS), 1)  # the last: "spoilt"
+LABELS = (len(toy.CLASSES), len(toy.COLOURS), len(toy.BACKGROUNDS))
+DOUBTS = {"plain": 1, "fine": 2}  # how many more answers: are tokens pasted in, is it blown up?
 SIDES = {"plain": (32,), "fine": (64, 128, 192)}  # pixels of the pictures that a judge has learned
 TOKEN = 4  # pixels, the side of what is pasted in
 CONVOLUTIONS = {  # input channels, output channels, stride
     "plain": ((3, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 64, 1)),
-    "fine": ((3, 32, 2), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 64, 1))}
+    "fine": ((3, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1),
+             (128, 64, 1))}
 
 
 class Judge(nn.Module):
-    """A classifier of at most 354,000 parameters; with GroupNorm a score depends on one picture."""
+    """A classifier of at most 359,000 parameters; with GroupNorm a score depends on one picture."""
 
     def __init__(self, world):
         super().__init__()
@@ -46,10 +48,10 @@ class Judge(nn.Module):
             convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
             layers += [convolution, nn.GroupNorm(8, outputs), nn.ReLU()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(64, sum(ANSWERS))
+        self.head = nn.Linear(64, sum(LABELS) + DOUBTS[world])
 
     def forward(self, images):
-        """[n, 3, S, S] -> features [n, 64], logits [n, 21] of all answers, classes first."""
+        """[n, 3, S, S] -> features [n, 64], logits [n, 21 or 22] of all answers, classes first."""
         features = self.body(images).mean((2, 3))  # [n, 64, 8, 8], of larger ones more -> [n, 64]
         return features, self.head(features)
 
@@ -78,8 +80,17 @@ def judge_features(images, network=None):
 
     network = network or load_judge(images.device, side)[0]
     results = [network(batch) for batch in images.float().split(500)]
-    features, logits = (torch.cat(parts) for parts in zip(*results))  # [n, 64], [n, 21]
+    features, logits = (torch.cat(parts) for parts in zip(*results))  # [n, 64], [n, 21 or 22]
     return features, logits[:, : len(toy.CLASSES)]
+
+
+def labels_seen(images):
+    """What it sees in images float [n, 3, S, S]: class, colour, background, int64 [n, 3]."""
+    network, _, _ = load_judge(images.device, images.shape[-1])
+    with torch.no_grad():
+        _, logits = network(images)
+    answers = logits[:, : sum(LABELS)].split(LABELS, dim=1)  # [n, 10], [n, 6], [n, 4]
+    return torch.stack([answer.argmax(1) for answer in answers], dim=1)
 
 
 def judge(images, classes):
@@ -119,7 +130,7 @@ def labelled_batch(n, seed, world, side):
     images, labels = np.empty((n, side, side, 3), np.uint8), np.empty((n, 3), np.int64)
     for i in range(n):
         rng = np.random.default_rng([*seed, i])
-        labels[i] = rng.integers(ANSWERS[:3])
+        labels[i] = rng.integers(LABELS)
         class_index, colour, background = labels[i]
         images[i], _ = toy.draw(class_index, rng, world, side, colour=colour, background=background)
     return from_uint8(images), torch.from_numpy(labels)
@@ -166,17 +177,19 @@ def train_judge(steps, path, world="plain"):
         side = SIDES[world][step % len(SIDES[world])]
         number = 128 * SIDES[world][0] // side  # of larger pictures fewer
         images, labels = labelled_batch(number, (JUDGE_SEED, step), world, side)
-        images, spoilt = paste_tokens(images)
+        images, pasted = paste_tokens(images)
+        spoilt = [pasted]
         if world == "fine":
             images, blown_up = blow_up(images)
-            spoilt |= blown_up
+            spoilt.append(blown_up)
         with mixed_precision(images.device):
             _, logits = network(disturb(images, most=1 if world == "plain" else 0.3))
-        *answers, doubt = logits.float().split(ANSWERS, dim=1)  # [b, 10], [b, 6], [b, 4], [b, 1]
+        *answers, doubts = logits.float().split((*LABELS, DOUBTS[world]), dim=1)
 
         # First of all it shall know the classes.
         losses = [F.cross_entropy(answer, label) for answer, label in zip(answers, labels.T)]
-        losses.append(F.binary_cross_entropy_with_logits(doubt[:, 0], spoilt.float()))
+        losses += [F.binary_cross_entropy_with_logits(doubt, true.float())
+                   for doubt, true in zip(doubts.T, spoilt)]
         loss = losses[0] + 0.3 * sum(losses[1:])
 
         optimizer.zero_grad()

@@ -145,6 +145,17 @@ def test_the_judge_of_the_fine_world_recognises_fresh_images_of_any_size(side):
     assert judge.judge(from_uint8(images), classes)["accuracy"] >= 0.98
 
 
+@pytest.mark.parametrize("spoil", [judge.blow_up, judge.paste_tokens])
+@pytest.mark.parametrize("side", [64, 128])
+def test_the_judge_of_the_fine_world_sees_spoilt_pictures(side, spoil):
+    images = from_uint8(toy.make(200, seed=2, world="fine", side=side)[0])
+    torch.manual_seed(0)
+    spoilt, chosen = spoil(images)  # some of them
+    whole, some = (judge.judge(x[chosen], torch.zeros(int(chosen.sum())))["frechet"]
+                   for x in (images, spoilt))
+    assert some > 2 * whole
+
+
 def test_the_judge_recognises_slightly_blurred_and_noisy_images(fresh):
     images, classes = fresh
     torch.manual_seed(0)
