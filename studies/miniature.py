@@ -198,14 +198,15 @@ def figures(run, seed, device):
     generator = torch.Generator(device).manual_seed(seed)
     number, pixels = ENLARGED if larger else SAMPLES, []
     classes = torch.arange(number, device=device) % len(toy.CLASSES)
-    for some in classes.split(BATCH):  # [BATCH]
+    batch = 50 if run.get("factor") == 3 else BATCH  # of these 50 have 4 GB of keys and values
+    for some in classes.split(batch):  # [batch]
         if larger:
             images, _ = extrapolate(model, tokenizer, some, steps=128, generator=generator, **run)
         else:
             way = {name: run[name] for name in ("queries", "drafts") if name in run}
             tokens = model.generate(some, run["order"], run["steps"], cfg=(1.0, run["cfg"]),
                                     scg=run["scg"], generator=generator, **way)
-            images = tokenizer.decode(tokens)  # [BATCH, 3, S, S]
+            images = tokenizer.decode(tokens)  # [batch, 3, S, S]
         pixels.append(pictures.to_uint8(images))
 
     pixels = np.concatenate(pixels)  # [number, S, S, 3]
