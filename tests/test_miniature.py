@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import small_model, small_tokenizer
 
+from apps import PARTS
 from randar import load_randar
 from studies import miniature
 from studies.miniature import RUNS, SEEDS, STEPS, TRAININGS, mean_and_spread, read, weights
@@ -60,6 +61,13 @@ def test_every_comparison_was_measured_with_all_seeds(name):
 def test_random_order_beats_guessing_by_far_in_what_was_measured():
     [row] = miniature.pick(read("orders"), order="random")
     assert mean_and_spread(row, "accuracy")[0] > 0.9
+
+
+def test_each_part_of_extrapolation_helps_in_what_was_measured():
+    rows = [miniature.pick(read("extrapolation"), **(miniature.WHOLE | parts))[0]
+            for parts in PARTS.values()]
+    naive, order, mix, scg, _ = (mean_and_spread(row, "FID")[0] for row in rows)
+    assert naive > order > mix > scg
 
 
 def test_the_spread_is_the_standard_deviation_between_seeds():
