@@ -84,11 +84,11 @@ def judge_features(images, network=None):
     return features, logits[:, : len(toy.CLASSES)]
 
 
+@torch.no_grad()
 def labels_seen(images):
     """What it sees in images float [n, 3, S, S]: class, colour, background, int64 [n, 3]."""
     network, _, _ = load_judge(images.device, images.shape[-1])
-    with torch.no_grad():
-        _, logits = network(images)
+    _, logits = network(images)  # [n, 21 or 22]
     answers = logits[:, : sum(LABELS)].split(LABELS, dim=1)  # [n, 10], [n, 6], [n, 4]
     return torch.stack([answer.argmax(1) for answer in answers], dim=1)
 
@@ -178,12 +178,13 @@ def train_judge(steps, path, world="plain"):
         number = 128 * SIDES[world][0] // side  # of larger pictures fewer
         images, labels = labelled_batch(number, (JUDGE_SEED, step), world, side)
         images, pasted = paste_tokens(images)
-        spoilt = [pasted]
+        spoilt = [pasted]  # bool [b] for each doubt
         if world == "fine":
             images, blown_up = blow_up(images)
             spoilt.append(blown_up)
         with mixed_precision(images.device):
             _, logits = network(disturb(images, most=1 if world == "plain" else 0.3))
+        # [b, 10], [b, 6], [b, 4], and [b, 1 or 2]
         *answers, doubts = logits.float().split((*LABELS, DOUBTS[world]), dim=1)
 
         # First of all it shall know the classes.

@@ -63,7 +63,7 @@ def test_random_order_beats_guessing_by_far_in_what_was_measured():
     assert mean_and_spread(row, "accuracy")[0] > 0.9
 
 
-def test_the_mix_helps_extrapolation_in_each_seed_and_all_parts_do_in_the_mean():
+def test_the_mix_helps_extrapolation_in_each_seed_and_the_whole_method_in_the_mean():
     rows = [miniature.pick(read("extrapolation"), **(miniature.WHOLE | parts))[0]
             for parts in PARTS.values()]
     naive, order, mix, whole, _ = ([result["FID"] for result in row["results"]] for row in rows)
