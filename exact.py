@@ -64,7 +64,8 @@ def layout(drafts, device):
 
 
 @torch.no_grad()
-def exact_steps(model, classes, order, drafts, guidance, sampling, generator, known, angles):
+def exact_steps(model, classes, order, drafts, contexts, guidance, sampling, generator, known,
+                angles):
     """RandAR.decode with drafts, its arguments checked: an iterator of Step.
 
     Images of a batch are not equally far: `done`, how many tokens are known, is int64 [b].
@@ -73,14 +74,14 @@ def exact_steps(model, classes, order, drafts, guidance, sampling, generator, kn
     # of the image sees what is drafted there.
     (b, k), total = known[0].shape, known[0].shape[1] + order.shape[1]
     order = torch.cat([order, order[:, -1:].repeat(1, 2 * drafts + 1)], dim=1)
-    contexts, positions, x, cos_sin, kept = model.beginning(classes, order, guidance, generator,
-                                                            known, angles)
+    positions, x, cos_sin, kept = model.beginning(classes, order, contexts, generator, known,
+                                                  angles)
     done, device, c = torch.full_like(classes, k), x.device, len(contexts)
     reads, s, at_p, sees = layout(drafts, device)
 
     # The first drafts are drawn by a step of Alg. B with isolated queries; q: what they come from.
-    step = next(model._steps(classes, order, [drafts], guidance, sampling, generator, known, angles,
-                             isolated=True))
+    step = next(model._steps(classes, order, [drafts], contexts, guidance, sampling, generator,
+                             known, angles, isolated=True))
     q = probabilities(step.logits, sampling)  # [b, drafts, V]
     tokens = torch.cat([known[1], step.tokens], dim=1)
     tokens = F.pad(tokens, (0, positions.shape[1] - tokens.shape[1]))  # in turns: [b, k + n + ..]

@@ -274,17 +274,11 @@ class Guidance:
     power: float = None  # RAR's schedule, not a straight line: the larger, the later w_cfg rises
 
     def contexts(self, classes, null_class):
-        """Which contexts the model has to read: one, two, or the three of Eq. B.
-
-        classes: int64 [b]. Returns their names, and classes [c * b]: context after context.
-        """
-        null = torch.full_like(classes, null_class)
-        class_given = bool((classes != null).any())
+        """Which contexts the model has to read: one, two, or the three of Eq. B; classes: [b]."""
+        class_given = bool((classes != null_class).any())  # the host waits for the device
         if self.scg != 1:
-            names = [CLASS, NULL, DROPPED] if class_given else [NULL, DROPPED]
-        else:
-            names = [CLASS, NULL] if class_given and tuple(self.cfg) != (1, 1) else [CLASS]
-        return names, torch.cat([classes if name == CLASS else null for name in names])
+            return [CLASS, NULL, DROPPED] if class_given else [NULL, DROPPED]
+        return [CLASS, NULL] if class_given and tuple(self.cfg) != (1, 1) else [CLASS]
 
     def combine(self, contexts, logits, share):
         """Logits [c * b, m, V] of c contexts -> [b, m, V].
@@ -474,9 +468,9 @@ class RandAR(nn.Module):
         on the model's device; known: (positions, tokens), int64 [b, k], which come first and stay
         as they are; angles: float [N, D / 2], of another grid; queries: "causal", as the paper, or
         "isolated" (in exact decoding always): no query of a step sees another one; drafts: None, or
-        how many a step of exact decoding (exact.py) has, in place of `steps`. Raises UserError,
-        before the first step, for what does not fit; within the loop the host never waits for the
-        device (but in exact decoding). In training mode dropout is at work.
+        how many a step of exact decoding (exact.py) has, in place of `steps`. Raises UserError for
+        what does not fit, before it returns; from then on the host never waits for the device (but
+        in exact decoding). In training mode dropout is at work.
         """
         grid, device = self.config.grid, classes.device
         order = self.order if order is None else order
@@ -484,10 +478,10 @@ class RandAR(nn.Module):
             order = generation_order(order, len(classes), grid, generator, device)
         known = (order[:, :0], order[:, :0]) if known is None else known
         guidance, sampling = Guidance(cfg, scg, power=power), Sampling(temperature, top_k, top_p)
-        given = dict(guidance=guidance, sampling=sampling, generator=generator, known=known,
-                     angles=angles)
         checks.check_decoding(self, classes, order, steps, guidance, sampling, known, angles,
                               queries, drafts)
+        given = dict(contexts=guidance.contexts(classes, self.null_class), guidance=guidance,
+                     sampling=sampling, generator=generator, known=known, angles=angles)
         if drafts is not None and order.shape[1] > 0:
             from exact import exact_steps  # it imports this file, so not at the top
             return exact_steps(self, classes, order, drafts, **given)
@@ -496,18 +490,20 @@ class RandAR(nn.Module):
         sizes = step_sizes(order.shape[1], steps)
         return self._steps(classes, order, sizes, **given, isolated=queries == "isolated")
 
-    def beginning(self, classes, order, guidance, generator, known, angles):
-        """What decoding starts from: (contexts, positions, x, cos_sin, kept).
+    def beginning(self, classes, order, contexts, generator, known, angles):
+        """What decoding starts from: (positions, x, cos_sin, kept).
 
         The batch holds c contexts, one after the other: positions, int64 [c * b, k + n], the known
         ones first; x and cos_sin, the sequence to come, class P_1 x_1 ... P_k+n x_k+n, of whose
         image tokens the first k are filled in; kept, [c * b, k + n, 1], 0 for those that SCG drops.
         """
-        contexts, classes = guidance.contexts(classes, self.null_class)  # c names, [c * b]
+        null = torch.full_like(classes, self.null_class)
+        classes = torch.cat([classes if name == CLASS else null for name in contexts])  # [c * b]
 
         # Image tokens stand at the places 2, 4, 6, ...: the known ones, then those to be drawn.
         positions = torch.cat([known[0], order], dim=1).repeat(len(contexts), 1)  # [c * b, k + n]
-        blank = positions.new_zeros(len(positions), int(positions.max()) + 1)  # unknown, unread
+        num_tokens = math.prod(self.config.grid) if angles is None else len(angles)
+        blank = positions.new_zeros(len(positions), num_tokens)  # unknown, unread
         x, cos_sin = self.sequence(blank, classes, positions, angles)  # [c * b, 1 + 2 (k + n), d]
 
         # The last context may drop tokens. Which ones is decided once: a token's key and value stay
@@ -518,13 +514,14 @@ class RandAR(nn.Module):
             kept[-b:] = torch.rand(kept[-b:].shape, generator=generator, device=x.device).ge(0.25)
         embedded = self.tok_embeddings(known[1]).repeat(len(contexts), 1, 1)  # [c * b, k, d]
         x[:, 2 : 2 + 2 * k : 2] = embedded * kept[:, :k]
-        return contexts, positions, x, cos_sin, kept
+        return positions, x, cos_sin, kept
 
     @torch.no_grad()
-    def _steps(self, classes, order, sizes, guidance, sampling, generator, known, angles, isolated):
+    def _steps(self, classes, order, sizes, contexts, guidance, sampling, generator, known, angles,
+               isolated):
         """Alg. B, its arguments checked."""
-        contexts, positions, x, cos_sin, kept = self.beginning(classes, order, guidance, generator,
-                                                               known, angles)
+        positions, x, cos_sin, kept = self.beginning(classes, order, contexts, generator, known,
+                                                     angles)
         (b, done), total, start_pos = known[0].shape, positions.shape[1], 0
         size = len(x), self.config.n_head, 2 * total, self.head_dim  # as long as in training
         caches = x.new_zeros(self.config.n_layer, 2, *size)  # [layers, 2, *size]: keys, values

@@ -23,7 +23,7 @@ from randar import ORDERS, load_randar
 from support import border, data, judge, pictures, released, toy
 from support.border import UserError, decoding_precision
 from support.classes import names_of_classes, parse_classes, spread_classes
-from support.speed import compile_layers
+from support.speed import compile_layers, record
 from tokenizer import load_tokenizer
 
 SHOWN = 12  # pictures of each class in the grid
@@ -56,21 +56,27 @@ def load_models(ckpt, tokenizer=None, device="cpu"):
 # From classes to pictures
 
 
-def sample_batches(model, tokenizer, classes, seed, batch_size=64, rank=0, processes=1, **options):
+def sample_batches(model, tokenizer, classes, seed, batch_size=64, rank=0, processes=1, graph=False,
+                   **options):
     """Draw an image of each class, n ints: an iterator of batches, each as of draw_batch.
 
     The batches are dealt out to the processes. All of them must iterate, but only rank 0 gets the
     images: always the same, for chance in a batch follows from the seed and its number alone.
+    graph: full batches by a CUDA graph.
     """
     device, batches = next(model.parameters()).device, torch.as_tensor(classes).split(batch_size)
+    generator = torch.Generator(device)
+    recorded = record(model, batches[0].to(device), generator, **options) if graph else None
     starts = range(0, len(batches), processes)  # from each on, one batch for each process
     if rank == 0:
         starts = tqdm(starts, "sampling", unit=" draws")
     for start in starts:
         drawn, mine = None, start + rank
         if mine < len(batches):  # in the end some have nothing to do
-            generator = torch.Generator(device).manual_seed(seed + 1_000_003 * mine)
-            drawn = draw_batch(model, tokenizer, batches[mine].to(device), generator, **options)
+            generator.manual_seed(seed + 1_000_003 * mine)
+            decode = recorded if len(batches[mine]) == len(batches[0]) else None
+            drawn = draw_batch(model, tokenizer, batches[mine].to(device), generator, decode,
+                               **options)
 
         parts = [drawn]
         if processes > 1:
@@ -79,15 +85,17 @@ def sample_batches(model, tokenizer, classes, seed, batch_size=64, rank=0, proce
         yield from filter(None, parts)  # elsewhere than on rank 0 there is none
 
 
-def draw_batch(model, tokenizer, classes, generator, **options):
+def draw_batch(model, tokenizer, classes, generator, decode=None, **options):
     """Draw an image of each class, int64 [b]: (pixels uint8 [b, H, W, 3], steps int32 [b, h, w]).
 
-    options: order, steps, cfg, ... as the model's `decode` takes them. Returns NumPy arrays; steps:
-    the step in which each token was decoded.
+    options: order, steps, cfg, ... as the model's `decode` takes them. decode: in its place, what
+    `record` made of it, with the generator and options in it. Returns NumPy arrays; steps: the step
+    in which each token was decoded.
     """
     tokens = torch.zeros(len(classes), *model.config.grid, dtype=torch.int64, device=classes.device)
     steps = torch.zeros_like(tokens, dtype=torch.int32)  # [b, h, w] both, filled step by step
-    for i, step in enumerate(model.decode(classes, generator=generator, **options)):  # Alg. B
+    decoding = decode(classes) if decode else model.decode(classes, generator=generator, **options)
+    for i, step in enumerate(decoding):  # Alg. B
         tokens.flatten(1).scatter_(1, step.positions, step.tokens)
         steps.flatten(1).scatter_(1, step.positions, i)
     images = tokenizer.decode(tokens.flatten(1), model.config.grid)  # [b, 3, H, W]
@@ -175,6 +183,7 @@ def parse():
     add("--batch-size", type=border.positive_int, default=64, help="pictures at once (default: 64)")
     add("--gif", action="store_true", help="also an animation of the decoding, beside --out")
     add("--npz", metavar="FILE", help="also all pictures, in ADM's format, for evaluation")
+    add("--graph", action="store_true", help="on a GPU, start a batch as one CUDA graph")
     add_model_flags(add)
     add_decoding_flags(add)
     return parser.parse_args()
@@ -246,6 +255,9 @@ def main():
         args.order = args.order or model.order
 
         # What is mistyped, or cannot be written, is said before hours of work.
+        if args.graph and (device.type != "cuda" or args.drafts):
+            raise UserError("--graph is for a GPU, and for a fixed number of steps, so not for "
+                            "--drafts: leave one of them out")
         options = decoding_options(args)
         model.decode(torch.tensor(classes[:1], device=device), **options)  # no step of it yet
         pictures.picture_format(args.out)

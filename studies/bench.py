@@ -30,8 +30,8 @@ from randar import (SIZES, Config, RandAR, default_steps, generation_order, load
 from rar import RAR, RAR_SIZES, RARConfig
 from support import border, pictures
 from support.border import decoding_precision
-from support.speed import (compile_layers, matrix_rate, mixed_precision, speed_up_cpu, sustained,
-                           training_flops)
+from support.speed import (compile_layers, matrix_rate, mixed_precision, record, speed_up_cpu,
+                           sustained, training_flops)
 from tokenizer import MASKGIT_VQ16, Tokenizer, TokenizerConfig
 from train import RECIPE, RECIPES, TOY_SIZES, make_optimizer
 
@@ -141,10 +141,13 @@ def uncached_logits(model, tokens, classes, order, done, m):
     return model.logits(model.hidden_states(x[:, seen], cos_sin[:, seen])[:, -m:])
 
 
-def decoding(model, batch, steps, cached=True):
-    """A function that draws images with guidance; uncached, it makes five evenly spaced steps."""
+def decoding(model, batch, steps, way="cached"):
+    """A function that draws images with guidance; way: see sampling_rows."""
     classes = torch.zeros(batch, dtype=torch.int64, device=next(model.parameters()).device)
-    if cached:
+    if way == "graph":
+        decode = record(model, classes, torch.Generator(classes.device), steps=steps)
+        return lambda: decode(classes)
+    if way != "uncached":
         return lambda: model.generate(classes, steps=steps)
 
     classes = classes.repeat(2)  # with the class and without: two contexts
@@ -159,8 +162,12 @@ def decoding(model, batch, steps, cached=True):
 
 
 def sampling_rows(model, ways, rate, speed, seconds):
-    """A row for each of ways, a list of ("cached", "uncached" or "compiled", images, steps)."""
-    cases = {(way, *sizes): decoding(model, *sizes, way != "uncached") for way, *sizes in ways}
+    """A row for each of ways, a list of (way, images, steps).
+
+    "cached": as sample.py. "compiled": the same, of a model with compiled layers. "graph": as
+    sample.py --graph. "uncached": all goes through all layers anew, in five evenly spaced steps.
+    """
+    cases = {(way, *sizes): decoding(model, *sizes, way) for way, *sizes in ways}
     times, rows = interleaved(cases, model.output.weight.device, seconds, "sampling"), []
     for (way, batch, steps), taken in times.items():
         if way == "uncached":
@@ -332,6 +339,10 @@ def bench(args):
     if gpu and compiled:
         compile_layers(model)
         ways = [("compiled", *sizes) for way, *sizes in ways if way == "cached"]
+        result["sampling"] += show(sampling_rows(model, ways, rates[draws], speed, args.seconds))
+        write(result, out)
+    if gpu:
+        ways = [("graph", number, default_steps(n)) for number in images]
         result["sampling"] += show(sampling_rows(model, ways, rates[draws], speed, args.seconds))
 
     # Exact parallel decoding, of the weights that ship

@@ -65,6 +65,42 @@ def compile_layers(model):
         layer.compile(dynamic=True)
 
 
+def record(model, classes, generator, order=None, **options):
+    """Record a decoding on a GPU, as a CUDA graph: to start it again costs the host nothing.
+
+    Returns a function of other classes, int64 [b], that makes the steps of model.decode with this
+    generator, seeded anew, and these options. They have no logits; its next call overwrites them.
+    """
+    from randar import generation_order  # it imports this file, so not at the top
+
+    def turns():
+        return generation_order(order or model.order, len(classes), model.config.grid, generator,
+                                classes.device)
+
+    # The graph will read classes and positions from these, whatever they hold by then.
+    classes, positions = classes.clone(), turns()
+    begin = functools.partial(model.decode, classes, positions, generator=generator, **options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # once without: what libraries prepare cannot be recorded
+        for _ in begin():
+            pass
+    torch.cuda.current_stream().wait_stream(stream)
+
+    graph, decoding = torch.cuda.CUDAGraph(), begin()  # it has checked all, and made no step yet
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        steps = [step._replace(logits=None) for step in decoding]  # logits would fill the memory
+
+    def decode(new_classes):
+        classes.copy_(new_classes)
+        positions.copy_(turns())
+        graph.replay()
+        return steps
+
+    return decode
+
+
 def checkpoint_activations(model):
     """Keep only the input of each layer, and compute the layer again when its gradient is due."""
     for layer in model.layers:

@@ -4,12 +4,16 @@ import re
 import signal
 import subprocess
 import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import C, V, files_of, seeded, small_model, small_tokenizer, typed
+from helpers import C, V, files_of, inputs_of, seeded, small_model, small_tokenizer, typed
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rar
 import sample
@@ -111,12 +115,17 @@ def test_the_gif_shows_nothing_and_then_every_step(folder, run):
     assert grey == sorted(grey, reverse=True) and grey[0] > 0.4 and grey[5] < 0.05
 
 
-@pytest.mark.parametrize("kind", ["dense", "merge", "rar"])
-def test_models_of_other_kinds_are_drawn_from_as_they_can(folder, run, capsys, kind):
+def model_of(kind):
+    """A small model of any kind, as training begins."""
     model_class, config_class = rar.KINDS[kind]
     more = dict(mlp=64) if kind == "rar" else {}
     settings = dict(grid=(4, 4), vocab_size=V, num_classes=C, dim=32, n_layer=2, n_head=2) | more
-    model = model_class(config_class(**settings))
+    return model_class(config_class(**settings))
+
+
+@pytest.mark.parametrize("kind", ["dense", "merge", "rar"])
+def test_models_of_other_kinds_are_drawn_from_as_they_can(folder, run, capsys, kind):
+    model = model_of(kind)
     save_randar(model, "weights/randar.pt")
     run("sample.py --ckpt weights/randar.pt --number 2 --power 1.5")
     steps = 6 if kind == "dense" else 16  # the others decode one token a step
@@ -215,6 +224,53 @@ def test_two_processes_draw_what_one_does(folder, drawn):
     assert process.stderr.count(" 0/3 ") == 1
 
 
+class Tape(TorchDispatchMode):
+    """In place of a CUDA graph: records operations, and does them again in the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def register_generator_state(self, generator):
+        self.generator = generator
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():  # neither a view nor changed in place
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("rope", dict(steps=5)), ("rope", dict(steps=5, scg=2.0, queries="isolated", order="raster")),
+    ("rope", dict(steps=-1, cfg=(1, 1), top_k=9, top_p=0.8)), ("rar", dict(power=2.0))])
+def test_a_recorded_decoding_draws_what_the_loop_draws(monkeypatch, kind, options):
+    nothing = SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = dict(CUDAGraph=Tape, graph=lambda tape: tape, stream=nullcontext,
+                     Stream=lambda: nothing, current_stream=lambda: nothing)
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    model = small_model() if kind == "rope" else model_of(kind).eval()
+    calls = inputs_of(model.layers[0])
+
+    def batches(**more):
+        classes = [0, 1, 2, 3, 4, 4, 1, 0, 2, 0]  # two batches and a half
+        return list(sample.sample_batches(model, small_tokenizer(), classes, 3, 4, **options, **more))
+
+    plain = batches()
+    loop = len(calls) // 3
+    recorded = batches(graph=True)
+    assert len(plain) == len(recorded) == 3
+    assert all(np.array_equal(x, y) for pair in zip(plain, recorded) for x, y in zip(*pair))
+    assert len(calls) == 6 * loop  # of the recorded: to make ready, to record, for the half batch
+
+
 # ------------------------------------------------------------------------------------------------
 # Mistyped: one line that names the problem and the remedy, exit code 2, and nothing written
 
@@ -222,6 +278,7 @@ MISTAKES = {
     "sample.py --ckpt alone/randar.pt": "needs its tokenizer, .* no alone/tokenizer.pt: give",
     f"{SAMPLE} --tokenizer other.pt": "tokenizer has 31 codes: give .* the one of 32 codes",
     "sample.py --ckpt marked.pt --tokenizer weights/tokenizer.pt": "another one, with as many codes: give",
+    f"{SAMPLE} --graph": "--graph is for a GPU, .* not for --drafts: leave",
     f"{SAMPLE} --power -1": "power must be 0 .constant guidance. or more, not -1",
     f"{SAMPLE} --out a.bmp": "cannot write a picture as a.bmp: give a name that ends in .png",
     f"{SAMPLE} --npz file.txt/a.npz": "cannot write into file.txt .*--npz",
