@@ -80,16 +80,16 @@ def record(model, classes, generator, order=None, **options):
     # The graph will read classes and positions from these, whatever they hold by then.
     classes, positions = classes.clone(), turns()
     begin = functools.partial(model.decode, classes, positions, generator=generator, **options)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream, mine = torch.cuda.Stream(classes.device), torch.cuda.current_stream(classes.device)
+    stream.wait_stream(mine)
     with torch.cuda.stream(stream):  # once without: what libraries prepare cannot be recorded
         for _ in begin():
             pass
-    torch.cuda.current_stream().wait_stream(stream)
+    mine.wait_stream(stream)
 
-    graph, decoding = torch.cuda.CUDAGraph(), begin()  # it has checked all, and made no step yet
+    decoding, graph = begin(), torch.cuda.CUDAGraph()  # it has checked all, and made no step yet
     graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         steps = [step._replace(logits=None) for step in decoding]  # logits would fill the memory
 
     def decode(new_classes):

@@ -252,8 +252,8 @@ class Tape(TorchDispatchMode):
     ("rope", dict(steps=-1, cfg=(1, 1), top_k=9, top_p=0.8)), ("rar", dict(power=2.0))])
 def test_a_recorded_decoding_draws_what_the_loop_draws(monkeypatch, kind, options):
     nothing = SimpleNamespace(wait_stream=lambda other: None)
-    stand_ins = dict(CUDAGraph=Tape, graph=lambda tape: tape, stream=nullcontext,
-                     Stream=lambda: nothing, current_stream=lambda: nothing)
+    stand_ins = dict(CUDAGraph=Tape, graph=lambda tape, stream: tape, stream=nullcontext,
+                     Stream=lambda device: nothing, current_stream=lambda device: nothing)
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     model = small_model() if kind == "rope" else model_of(kind).eval()
