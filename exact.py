@@ -114,8 +114,7 @@ def exact_steps(model, classes, order, drafts, contexts, guidance, sampling, gen
         p = probabilities(logits, sampling)  # [b, 2 drafts + 1, V]
         drafted = tokens.gather(1, turn[:, :drafts])  # [b, drafts]
         passed, checked = keep_or_redraw(drafted, q, p[:, :drafts], generator)
-        new = torch.cat([checked, draw_tokens(p[:, drafts:], generator)], dim=1)
-        tokens.scatter_(1, turn, new)
+        tokens.scatter_(1, turn, torch.cat([checked, draw_tokens(p[:, drafts:], generator)], dim=1))
 
         # An image that decides fewer than another one repeats its last.
         decided = (passed.long().cumprod(1).sum(1) + 1).minimum(total - done)  # [b]

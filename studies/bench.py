@@ -180,6 +180,21 @@ def sampling_rows(model, ways, rate, speed, seconds):
     return rows
 
 
+def sampling_parts(model, batch, rate, speed, seconds, compiled):
+    """Parts of sampling_rows, an iterator: all steps, the paper's 88 of 256, and 48, in each way."""
+    n, gpu = math.prod(model.config.grid), model.output.weight.is_cuda
+    steps, images = (n, default_steps(n), n * 48 // 256), (batch, 8, 1) if gpu else (batch, 1)
+    sizes = list(itertools.product(images, steps))
+    ways = [("cached", *size) for size in sizes] + [("uncached", batch, count) for count in steps]
+    yield sampling_rows(model, ways, rate, speed, seconds)
+    if gpu and compiled:
+        compile_layers(model)
+        yield sampling_rows(model, [("compiled", *size) for size in sizes], rate, speed, seconds)
+    if gpu:
+        ways = [("graph", number, default_steps(n)) for number in images]
+        yield sampling_rows(model, ways, rate, speed, seconds)
+
+
 def rows_by_tokens(settings, device, batch, learning_rate, drawing_rate, speed, seconds):
     """(training_rows, sampling_rows) of one layer, by the number of tokens; rates as there."""
     training, sampling = [], []
@@ -328,22 +343,11 @@ def bench(args):
                                args.seconds)
         result |= zip(("training_by_tokens", "sampling_by_tokens"), map(show, parts))
 
-    # Sampling, in one token a step, the paper's 88 steps of 256, and 48
-    n = math.prod(model.config.grid)
-    steps, images = (n, default_steps(n), n * 48 // 256), (batch, 8, 1) if gpu else (batch, 1)
-    ways = [("cached", *sizes) for sizes in itertools.product(images, steps)]
-    ways += [("uncached", batch, count) for count in steps]
     model.eval().to(draws)
-    result["sampling"] = show(sampling_rows(model, ways, rates[draws], speed, args.seconds))
-    write(result, out)  # to compile may take longer than there is time
-    if gpu and compiled:
-        compile_layers(model)
-        ways = [("compiled", *sizes) for way, *sizes in ways if way == "cached"]
-        result["sampling"] += show(sampling_rows(model, ways, rates[draws], speed, args.seconds))
-        write(result, out)
-    if gpu:
-        ways = [("graph", number, default_steps(n)) for number in images]
-        result["sampling"] += show(sampling_rows(model, ways, rates[draws], speed, args.seconds))
+    result["sampling"] = []
+    for rows in sampling_parts(model, batch, rates[draws], speed, args.seconds, compiled):
+        result["sampling"] += show(rows)
+        write(result, out)  # to compile the next may take longer than there is time
 
     # Exact parallel decoding, of the weights that ship
     shipped = {"toy": "randar_toy.pt", "fine": "fine/randar.pt"}.get(args.size)
