@@ -181,7 +181,7 @@ def sampling_rows(model, ways, rate, speed, seconds):
 
 
 def sampling_parts(model, batch, rate, speed, seconds, compiled):
-    """Parts of sampling_rows, an iterator: all steps, the 88 of 256, and 48, in each of its ways."""
+    """Parts of sampling_rows, an iterator: all steps, the 88 of 256, and 48, each way."""
     n, gpu = math.prod(model.config.grid), model.output.weight.is_cuda
     steps, images = (n, default_steps(n), n * 48 // 256), (batch, 8, 1) if gpu else (batch, 1)
     sizes = list(itertools.product(images, steps))
