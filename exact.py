@@ -10,9 +10,13 @@ take what a step draws as *drafts*, and let the next step keep or redraw each:
 
 A step decides all drafts up to the first that it redraws, and this one; if it redraws none, also
 the token that its first query draws. The drafts after a redrawn one were checked by a p that had
-read a wrong token. What comes out there is drawn from that p: a draft again, and a better one (as
-in arXiv 2410.01699). More drafts mean fewer steps, but more that each step reads for nothing. The
-words are those of randar.py; notebook 9 shows one picture.
+read a wrong token. What comes out there is a draft again, mostly the same one (arXiv 2510.24211).
+
+Is that still exact? Drafts depend on each other by now. But given all that happened at *earlier
+turns*, in this step and in those before, a draft has the distribution q; and q, p and whether its
+turn is decided in this step depend on earlier turns only. So keep_or_redraw makes p of q, turn by
+turn. More drafts mean fewer steps, but more that each step reads for nothing. The words are those
+of randar.py; notebook 9 shows one picture.
 """
 
 import torch

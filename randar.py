@@ -470,7 +470,8 @@ class RandAR(nn.Module):
         "isolated" (in exact decoding always): no query of a step sees another one; drafts: None, or
         how many a step of exact decoding (exact.py) has, in place of `steps`. Raises UserError for
         what does not fit, before it returns; from then on the host never waits for the device (but
-        in exact decoding). In training mode dropout is at work.
+        in exact decoding, where images that are ahead of the slowest repeat a position: the first
+        time counts). In training mode dropout is at work.
         """
         grid, device = self.config.grid, classes.device
         order = self.order if order is None else order

@@ -93,13 +93,14 @@ def draw_batch(model, tokenizer, classes, generator, decode=None, **options):
     in which each token was decoded.
     """
     tokens = torch.zeros(len(classes), *model.config.grid, dtype=torch.int64, device=classes.device)
-    steps = torch.zeros_like(tokens, dtype=torch.int32)  # [b, h, w] both, filled step by step
+    steps = torch.full_like(tokens, tokens[0].numel())  # [b, h, w] both, filled step by step
     decoding = decode(classes) if decode else model.decode(classes, generator=generator, **options)
     for i, step in enumerate(decoding):  # Alg. B
         tokens.flatten(1).scatter_(1, step.positions, step.tokens)
-        steps.flatten(1).scatter_(1, step.positions, i)
+        now = torch.full_like(step.positions, i)
+        steps.flatten(1).scatter_reduce_(1, step.positions, now, "amin")  # the first time counts
     images = tokenizer.decode(tokens.flatten(1), model.config.grid)  # [b, 3, H, W]
-    return pictures.to_uint8(images), steps.cpu().numpy()
+    return pictures.to_uint8(images), steps.int().cpu().numpy()
 
 
 def write_npz(path, batches, classes, height, width):
@@ -146,7 +147,8 @@ def add_decoding_flags(add):
     add("--queries", choices=("causal", "isolated"), default="causal",
         help="whether tokens of one step see each other's position (causal, the paper's) or not")
     add("--drafts", type=border.positive_int, metavar="N",
-        help="exact parallel decoding, N drafts a step, in place of --steps (try 8)")
+        help="exact parallel decoding, N drafts a step, in place of --steps, its queries isolated "
+        "(try 8 for one picture, 2 for many at once)")
     add("--cfg", nargs=2, type=border.finite_float, metavar=("START", "END"),
         help="classifier-free guidance, from START to END (default: 1 4, if not its authors')")
     add("--power", type=border.finite_float, metavar="P",

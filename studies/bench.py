@@ -208,12 +208,13 @@ def rows_by_tokens(settings, device, batch, learning_rate, drawing_rate, speed, 
 
 
 def tokens_read(model, classes, options):
-    """(steps, tokens that go through the layers, of each image in each context) of one decoding."""
+    """(passes, tokens through the layers, of each image in each context) of one decoding."""
     lengths = []
     hook = model.layers[0].register_forward_pre_hook(lambda _, x: lengths.append(x[0].shape[1]))
-    steps = len(list(model.decode(classes, **options)))
+    for _ in model.decode(classes, **options):
+        pass
     hook.remove()
-    return steps, sum(lengths)
+    return len(lengths), sum(lengths)
 
 
 def exact_rows(model, seconds, compiled=False):
@@ -222,21 +223,25 @@ def exact_rows(model, seconds, compiled=False):
     model: a trained one, for made-up weights draft badly. compiled: its layers are, from then on.
     """
     num_tokens, device, rows = math.prod(model.config.grid), model.output.weight.device, []
-    ways = {"one token a step": dict(steps=-1), "paper": dict(steps=default_steps(num_tokens))}
+    ways = {"one token a step": dict(steps=-1)}
+    ways |= {f"{default_steps(num_tokens)} steps, causal": {}}  # the paper's
+    ways |= {f"{n} steps, isolated": dict(steps=n, queries="isolated")
+             for n in (num_tokens * k // 16 for k in (1, 2, 3))}
     ways |= {f"exact, {drafts} drafts": dict(drafts=drafts) for drafts in (2, 4, 8, 16)}
     ways = {way: options | dict(cfg=(1.0, 1.5)) for way, options in ways.items()}
     batches = {batch: torch.arange(batch, device=device) % model.null_class for batch in (1, MANY)}
 
-    # How many steps exact decoding takes depends on chance: the mean of so many images.
-    counts = {(batch, way): [tokens_read(model, classes, options) for _ in range(MANY // batch)]
+    # How many passes exact decoding takes depends on chance: the mean of so many images.
+    counts = {(batch, way): [tokens_read(model, classes, options)
+                             for _ in range(MANY // batch if "drafts" in options else 1)]
               for batch, classes in batches.items() for way, options in ways.items()}
     if compiled:
         compile_layers(model)
     cases = {(batch, way): functools.partial(model.generate, classes, **options)
              for batch, classes in batches.items() for way, options in ways.items()}
     for (batch, way), taken in interleaved(cases, device, seconds, "exact decoding").items():
-        steps, tokens = (fmean(numbers) for numbers in zip(*counts[batch, way]))
-        rows.append(dict(decoding=way, compiled=compiled, batch=batch, steps=steps,
+        passes, tokens = (fmean(numbers) for numbers in zip(*counts[batch, way]))
+        rows.append(dict(decoding=way, compiled=compiled, batch=batch, passes=passes,
                          tokens_read=tokens, seconds=taken, seconds_per_image=taken / batch))
     return rows
 

@@ -92,10 +92,10 @@ def test_cases_run_in_turn_until_the_time_is_up_and_the_first_round_does_not_cou
 def test_exact_decoding_is_counted_and_timed_beside_the_paper_s(model, monkeypatch):
     monkeypatch.setattr(bench, "MANY", 2)  # images at a time
     rows = {(row["batch"], row["decoding"]): row for row in bench.exact_rows(model.eval(), 0)}
-    assert len(rows) == 2 * 6 and all(row["seconds"] > 0 for row in rows.values())
+    assert len(rows) == 2 * 9 and all(row["seconds"] > 0 for row in rows.values())
     plain, exact = rows[1, "one token a step"], rows[1, "exact, 4 drafts"]
-    assert (plain["steps"], plain["tokens_read"]) == (N, 2 * N)  # x and P of each turn
-    assert exact["steps"] < N and exact["tokens_read"] > 2 * N  # fewer steps, more tokens
+    assert (plain["passes"], plain["tokens_read"]) == (N, 2 * N)  # x and P of each turn
+    assert exact["passes"] < N and exact["tokens_read"] > 2 * N  # fewer passes, more tokens
 
 
 def test_rar_is_timed_to_tokens_and_to_pixels(run, capsys):

@@ -1,6 +1,7 @@
 """Exact parallel decoding: whatever is drafted, images come as if decoded one token a step."""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from helpers import C, N, seeded, small_model
 import exact
 from randar import CLASS, NULL, Guidance, Sampling, probabilities
 
-CODES, TOKENS, SAMPLES = 3, 4, 5_000  # of the smallest model: 81 images, each can be counted
+CODES, TOKENS = 3, 4  # of the smallest model: 81 images, each can be counted
+SAMPLES = int(os.environ.get("SAMPLES", 5_000))  # more test harder: SAMPLES=100000 takes minutes
 BATCH = 1000  # drawn at a time
 
 
@@ -73,24 +75,34 @@ def logits_of_training(model, tokens, label, order, kept=None):
     return model.logits(model.hidden_states(x[:, :-1], cos_sin[:, :-1])[:, 1::2])
 
 
+def of_image(steps, i):
+    """(positions [n], tokens [n], logits [n, V]) of an image of a batch; what is repeated, once."""
+    first = {}
+    for step in steps:
+        for position, token, logits in zip(step.positions[i], step.tokens[i], step.logits[i]):
+            first.setdefault(position.item(), (token, logits))
+    return (torch.tensor(list(first)), *map(torch.stack, zip(*first.values())))
+
+
 @pytest.mark.parametrize("drafts, known, scg", [
     (1, 0, 1.0), (1, 5, 1.7), (3, 0, 1.7), (3, 5, 1.0), (20, 5, 1.0)])
 def test_every_token_is_drawn_from_the_logits_of_one_token_a_step(model, batch, drafts, known, scg):
-    tokens, classes, order = (x[:1] for x in batch)
+    tokens, classes, order = batch
     prefix = order[:, :known], tokens.gather(1, order[:, :known])
     steps = list(model.decode(classes, order[:, known:], cfg=(1.0, 4.0), scg=scg, drafts=drafts,
                               known=prefix, generator=seeded(0)))
     assert len(steps) < N - known or drafts == 1
-    assert torch.equal(torch.cat([step.positions for step in steps], dim=1), order[:, known:])
-    drawn = torch.cat([prefix[1], *[step.tokens for step in steps]], dim=1)
-    image = torch.zeros_like(drawn).scatter_(1, order, drawn)
-
-    kept = torch.rand(1, N + 2 * drafts + 1, 1, generator=seeded(0)).ge(0.25)[:, :N, 0]  # the first chance
-    full, null = (logits_of_training(model, image, label, order) for label in (classes.item(), C))
-    dropped = logits_of_training(model, image, C, order, kept)
+    kept = torch.rand(len(order), N + 2 * drafts + 1, 1, generator=seeded(0)).ge(0.25)  # the first chance
     w_cfg = 1 + 3 * (torch.arange(N) / N)[:, None]
-    expected = dropped + scg * (null - dropped) + w_cfg * (full - null)
-    assert torch.allclose(torch.cat([step.logits for step in steps], dim=1), expected[:, known:], atol=1e-4)
+    for i, label in enumerate(classes.tolist()):
+        positions, drawn, logits = of_image(steps, i)
+        assert torch.equal(positions, order[i, known:])
+        drawn = torch.cat([prefix[1][i], drawn])[None]
+        image = torch.zeros_like(drawn).scatter_(1, order[i : i + 1], drawn)
+        full, null = (logits_of_training(model, image, x, order[i : i + 1]) for x in (label, C))
+        dropped = logits_of_training(model, image, C, order[i : i + 1], kept[i : i + 1, :N, 0])
+        expected = dropped + scg * (null - dropped) + w_cfg * (full - null)
+        assert torch.allclose(logits, expected[0, known:], atol=1e-4)
 
 
 def test_images_of_a_batch_go_on_at_their_own_pace(model, batch):
@@ -103,11 +115,49 @@ def test_images_of_a_batch_go_on_at_their_own_pace(model, batch):
     assert max(len(step.tokens[0]) for step in steps) <= 5  # at most all drafts and a query
 
 
-def test_this_would_show_if_failed_drafts_were_drawn_again_from_p(smallest, monkeypatch):
-    def wrong(drafts, q, p, generator):
-        passed = torch.rand(drafts.shape, generator=generator) < (p / q).gather(2, drafts[..., None])[..., 0]
-        return passed, torch.where(passed, drafts, exact.draw_tokens(p, generator))
+@pytest.mark.parametrize("drafts", [2, 3])
+def test_isolated_queries_draft_and_all_up_to_the_first_that_fails_are_decided(model, batch, monkeypatch,
+        drafts):
+    (_, classes, order), checks, keep = (x[:1] for x in batch), [], exact.keep_or_redraw
 
+    def witness(drafted, q, p, generator):
+        passed, tokens = keep(drafted, q, p, generator)
+        checks.append((q, passed[0]))
+        return passed, tokens
+
+    def isolated(known):
+        """What isolated queries draw all that is missing from, after so many of the image: [1, n, V]."""
+        given = order[:, :known], tokens[:, :known]
+        step = next(model.decode(classes, order[:, known:], 1, (1, 1), known=given, queries="isolated"))
+        return probabilities(step.logits, Sampling(temperature=1.5))
+
+    monkeypatch.setattr(exact, "keep_or_redraw", witness)
+    options = dict(cfg=(1, 1), temperature=1.5, drafts=drafts, generator=seeded(3))
+    steps = list(model.decode(classes, order, **options))
+    tokens = torch.cat([step.tokens for step in steps], dim=1)  # in turns
+    assert torch.allclose(checks[0][0], isolated(0)[:, :drafts], atol=1e-5)
+
+    done, failed, whole = 0, 0, 0
+    for step, (_, passed), (next_q, _) in zip(steps, checks, checks[1:]):
+        assert step.tokens.shape[1] == passed.long().cumprod(0).sum() + 1
+        done += step.tokens.shape[1]
+        failed += not passed.all()
+        if passed.all() and done + drafts <= N:  # the first query's token is decided; others are drafts
+            queries = isolated(done - 1)[:, 1:drafts]
+            assert torch.allclose(next_q[:, : drafts - 1], queries, atol=1e-5)
+            whole += 1
+    assert failed and whole
+
+
+@pytest.mark.parametrize("rule", ["every draft is kept", "failed ones are drawn again from p"])
+def test_a_wrong_rule_would_show(smallest, monkeypatch, rule):
+    def wrong(drafted, q, p, generator):
+        passed, _ = keep(drafted, q, p, generator)
+        if rule == "every draft is kept":
+            passed = torch.ones_like(passed)
+        return passed, torch.where(passed, drafted, exact.draw_tokens(p, generator))
+
+    keep = exact.keep_or_redraw
     monkeypatch.setattr(exact, "keep_or_redraw", wrong)
     assert not fits(*chi_square(smallest, 3))
 

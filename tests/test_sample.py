@@ -103,6 +103,20 @@ def test_all_that_decoding_can_do_can_be_asked_for(folder, run, capsys):
     assert Image.open("drawn.jpg").format == "JPEG"
 
 
+@pytest.mark.parametrize("flags", ["--steps 3 --queries isolated", "--drafts 3 --gif"])
+def test_isolated_queries_and_exact_decoding_can_be_asked_for(folder, run, capsys, flags):
+    run(f"sample.py --ckpt weights/randar.pt --number 3 {flags}")
+    steps = int(re.search(r"; (\d+) steps, ", capsys.readouterr().out)[1])
+    assert steps == 3 if "--steps" in flags else 3 < steps < 16
+
+
+def test_the_step_of_a_token_is_the_first_that_decodes_it():
+    model, classes = small_model(), torch.arange(C)
+    _, steps = sample.draw_batch(model, small_tokenizer(), classes, seeded(0), drafts=4, cfg=(1, 1))
+    last = steps.reshape(C, -1).max(1)
+    assert steps.min() == 0 and len(set(last)) > 1  # an image that is ahead repeats its last token
+
+
 def test_the_gif_shows_nothing_and_then_every_step(folder, run):
     run(f"{SAMPLE} --steps 5 --gif --out new/drawn.png")
     animation = Image.open("new/drawn.gif")
