@@ -163,7 +163,7 @@ RUNS = {  # file: the runs that a table or figure of the paper compares
     # Not in the paper: queries that do not see each other, and exact parallel decoding
     "exact": ways("toy", "random", (4, 8, 12, PARALLEL, ALL), (2, 4, 8)),
     "exact_orders": [run for order in ("raster", "hierarchical")
-                     for run in ways("toy", order, (8, ALL), (8,))],
+                     for run in ways("toy", order, (4, 8, 12, PARALLEL, ALL), (2, 4, 8))],
     "fine_exact": ways("fine", "random", (16, 32, 48, 88, 256), (8,), FINE_STEPS),
     # Figure 6, App. F: twice the resolution, part by part; the mix alone and three times are ours
     "extrapolation": [WHOLE | parts for parts in PARTS.values()],
