@@ -120,7 +120,7 @@ def exact_steps(model, classes, order, drafts, contexts, guidance, sampling, gen
         passed, checked = keep_or_redraw(drafted, q, p[:, :drafts], generator)
         tokens.scatter_(1, turn, torch.cat([checked, draw_tokens(p[:, drafts:], generator)], dim=1))
 
-        # An image that decides fewer than another one repeats its last.
+        # An image that decides fewer than another one repeats its last: the first time counts.
         decided = (passed.long().cumprod(1).sum(1) + 1).minimum(total - done)  # [b]
         shown = ahead[: decided.max()].minimum(decided[:, None] - 1)
         at, shown = done[:, None] + shown, shown.clamp(min=0)[..., None]

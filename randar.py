@@ -274,7 +274,7 @@ class Guidance:
     power: float = None  # RAR's schedule, not a straight line: the larger, the later w_cfg rises
 
     def contexts(self, classes, null_class):
-        """Which contexts the model has to read: one, two, or the three of Eq. B; classes: [b]."""
+        """Names of the contexts to read: one, two, or the three of Eq. B; classes: int64 [b]."""
         class_given = bool((classes != null_class).any())  # the host waits for the device
         if self.scg != 1:
             return [CLASS, NULL, DROPPED] if class_given else [NULL, DROPPED]
@@ -470,13 +470,12 @@ class RandAR(nn.Module):
         "isolated" (in exact decoding always): no query of a step sees another one; drafts: None, or
         how many a step of exact decoding (exact.py) has, in place of `steps`. Raises UserError for
         what does not fit, before it returns; from then on the host never waits for the device (but
-        in exact decoding, where images that are ahead of the slowest repeat a position: the first
-        time counts). In training mode dropout is at work.
+        in exact decoding). In training mode dropout is at work.
         """
-        grid, device = self.config.grid, classes.device
         order = self.order if order is None else order
         if isinstance(order, str):
-            order = generation_order(order, len(classes), grid, generator, device)
+            grid = self.config.grid
+            order = generation_order(order, len(classes), grid, generator, classes.device)
         known = (order[:, :0], order[:, :0]) if known is None else known
         guidance, sampling = Guidance(cfg, scg, power=power), Sampling(temperature, top_k, top_p)
         checks.check_decoding(self, classes, order, steps, guidance, sampling, known, angles,
@@ -491,6 +490,11 @@ class RandAR(nn.Module):
         sizes = step_sizes(order.shape[1], steps)
         return self._steps(classes, order, sizes, **given, isolated=queries == "isolated")
 
+    def classes_in(self, contexts, classes):
+        """Classes, int64 [b], in each of c contexts, one after the other: [c * b]."""
+        null = torch.full_like(classes, self.null_class)
+        return torch.cat([classes if name == CLASS else null for name in contexts])
+
     def beginning(self, classes, order, contexts, generator, known, angles):
         """What decoding starts from: (positions, x, cos_sin, kept).
 
@@ -498,13 +502,11 @@ class RandAR(nn.Module):
         ones first; x and cos_sin, the sequence to come, class P_1 x_1 ... P_k+n x_k+n, of whose
         image tokens the first k are filled in; kept, [c * b, k + n, 1], 0 for those that SCG drops.
         """
-        null = torch.full_like(classes, self.null_class)
-        classes = torch.cat([classes if name == CLASS else null for name in contexts])  # [c * b]
-
         # Image tokens stand at the places 2, 4, 6, ...: the known ones, then those to be drawn.
         positions = torch.cat([known[0], order], dim=1).repeat(len(contexts), 1)  # [c * b, k + n]
         num_tokens = math.prod(self.config.grid) if angles is None else len(angles)
         blank = positions.new_zeros(len(positions), num_tokens)  # unknown, unread
+        classes = self.classes_in(contexts, classes)  # [c * b]
         x, cos_sin = self.sequence(blank, classes, positions, angles)  # [c * b, 1 + 2 (k + n), d]
 
         # The last context may drop tokens. Which ones is decided once: a token's key and value stay

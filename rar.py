@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from randar import CLASS, Config, RandAR, Step, sample_tokens
+from randar import Config, RandAR, Step, sample_tokens
 from support import checks
 from support.border import UserError
 from support.speed import causal_attention
@@ -97,8 +97,7 @@ class Merged(Dense):
     def _steps(self, classes, order, sizes, contexts, guidance, sampling, generator, known, angles,
                isolated):
         """RandAR's loop. The queries of a step are the last known token, each with another P."""
-        null = torch.full_like(classes, self.null_class)
-        classes = torch.cat([classes if name == CLASS else null for name in contexts])  # [c * b]
+        classes = self.classes_in(contexts, classes)  # [c * b]
         known_positions, tokens = (x.repeat(len(contexts), 1) for x in known)  # [c * b, k]
         order = order.repeat(len(contexts), 1)  # [c * b, n]
         positions = torch.cat([known_positions, order], dim=1)  # [c * b, k + n]

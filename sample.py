@@ -62,7 +62,7 @@ def sample_batches(model, tokenizer, classes, seed, batch_size=64, rank=0, proce
 
     The batches are dealt out to the processes. All of them must iterate, but only rank 0 gets the
     images: always the same, for chance in a batch follows from the seed and its number alone.
-    graph: full batches by a CUDA graph.
+    graph: full batches by a CUDA graph (see `record`).
     """
     device, batches = next(model.parameters()).device, torch.as_tensor(classes).split(batch_size)
     generator = torch.Generator(device)
@@ -258,8 +258,8 @@ def main():
 
         # What is mistyped, or cannot be written, is said before hours of work.
         if args.graph and (device.type != "cuda" or args.drafts):
-            raise UserError("--graph is for a GPU, and for a fixed number of steps, so not for "
-                            "--drafts: leave one of them out")
+            raise UserError("--graph is for a GPU and for a fixed number of steps, so not with "
+                            "--drafts: leave --graph out")
         options = decoding_options(args)
         model.decode(torch.tensor(classes[:1], device=device), **options)  # no step of it yet
         pictures.picture_format(args.out)

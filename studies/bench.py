@@ -181,7 +181,7 @@ def sampling_rows(model, ways, rate, speed, seconds):
 
 
 def sampling_parts(model, batch, rate, speed, seconds, compiled):
-    """Parts of sampling_rows, an iterator: all steps, the 88 of 256, and 48, each way."""
+    """Rows of sampling in all steps, the paper's 88 of 256, and 48: an iterator, a list a way."""
     n, gpu = math.prod(model.config.grid), model.output.weight.is_cuda
     steps, images = (n, default_steps(n), n * 48 // 256), (batch, 8, 1) if gpu else (batch, 1)
     sizes = list(itertools.product(images, steps))
@@ -348,6 +348,7 @@ def bench(args):
                                args.seconds)
         result |= zip(("training_by_tokens", "sampling_by_tokens"), map(show, parts))
 
+    # Sampling
     model.eval().to(draws)
     result["sampling"] = []
     for rows in sampling_parts(model, batch, rates[draws], speed, args.seconds, compiled):

@@ -66,10 +66,11 @@ def compile_layers(model):
 
 
 def record(model, classes, generator, order=None, **options):
-    """Record a decoding on a GPU, as a CUDA graph: to start it again costs the host nothing.
+    """Record a decoding on a GPU, as a CUDA graph, which the host starts again as a whole.
 
-    Returns a function of other classes, int64 [b], that makes the steps of model.decode with this
-    generator, seeded anew, and these options. They have no logits; its next call overwrites them.
+    classes: int64 [b], for example; options: as model.decode takes them, but for drafts. Returns a
+    function of other classes, [b], that makes the steps of model.decode with this generator, seeded
+    anew, and these options: a list. They have no logits, and its next call overwrites them.
     """
     from randar import generation_order  # it imports this file, so not at the top
 

@@ -11,6 +11,7 @@ import torch
 from golden import fill
 from PIL import Image
 
+import rar
 from randar import Config, RandAR
 from tokenizer import Tokenizer, TokenizerConfig
 
@@ -27,6 +28,16 @@ def small_model(**changes):
     model = RandAR(Config(**settings))
     model.load_state_dict(fill.state_for({name: p.shape for name, p in model.named_parameters()}))
     return model.eval()
+
+
+def small_model_of(kind):
+    """A model of another kind, as training begins; in eval mode."""
+    model_class, config_class = rar.KINDS[kind]
+    more = dict(mlp=64) if kind == "rar" else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settings = dict(grid=(4, 4), vocab_size=V, num_classes=C, dim=32, n_layer=2, n_head=2)
+        return model_class(config_class(**settings, **more)).eval()
 
 
 def small_tokenizer(**changes):

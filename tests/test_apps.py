@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import C, N, V, inputs_of, seeded, small_model, small_tokenizer
+from helpers import C, N, V, inputs_of, seeded, small_model, small_model_of, small_tokenizer
 from PIL import Image
 
 import apps
@@ -27,15 +27,6 @@ F_ = 4  # pixels per token of the small tokenizer
 @pytest.fixture
 def tokenizer():
     return small_tokenizer()
-
-
-def model_of_kind(kind):
-    model_class, config_class = rar.KINDS[kind]
-    more = dict(mlp=64) if kind == "rar" else {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        settings = dict(grid=(4, 4), vocab_size=V, num_classes=C, dim=32, n_layer=2, n_head=2)
-        return model_class(config_class(**settings, **more)).eval()
 
 
 def noise(height=16, width=16, number=2):
@@ -81,7 +72,7 @@ def test_known_tokens_come_first_and_both_parts_keep_their_turns(model, generati
 
 @pytest.mark.parametrize("kind", rar.KINDS)
 def test_what_stands_at_missing_positions_does_not_matter(kind):
-    model = model_of_kind(kind)
+    model = small_model_of(kind)
     tokens = torch.randint(V, (2, 16), generator=seeded(0))
     missing = torch.arange(16).expand(2, -1) % 3 > 0
     other = torch.where(missing, -1, tokens)
@@ -117,7 +108,7 @@ def test_the_steps_are_those_of_the_papers_schedule_for_the_missing_tokens(model
 @pytest.mark.parametrize("kind", rar.KINDS)
 @pytest.mark.parametrize("classes", [CLASSES, (CLASSES + 1) % C, torch.full((2,), C)])
 def test_known_tokens_survive_inpainting_and_editing(tokenizer, kind, classes):
-    images, mask, model = noise(), mask_of(5, 6, 9), model_of_kind(kind)
+    images, mask, model = noise(), mask_of(5, 6, 9), small_model_of(kind)
     redone, tokens = inpaint(model, tokenizer, images, mask, classes, generator=seeded(0))
     known = [i for i in range(16) if i not in (5, 6, 9)]
     assert (tokens[:, known] == tokenizer.encode(images)[:, known]).all()
@@ -323,7 +314,7 @@ def test_what_does_not_fit_is_refused(model, tokenizer, call, problem):
     ("dense", lambda m, t: encode_features(m, t.encode(noise(16, 24)), grid=(4, 6)))])
 def test_what_a_kind_of_model_cannot_do_is_refused_by_name(tokenizer, kind, call):
     with pytest.raises(UserError, match=f"of the kind '{kind}'"):
-        call(model_of_kind(kind), tokenizer)
+        call(small_model_of(kind), tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -420,7 +411,7 @@ def test_images_of_another_grid_than_that_of_training_have_features_too(model):
 
 
 def test_dense_models_have_features_and_attention(batch):
-    model = model_of_kind("dense")
+    model = small_model_of("dense")
     assert encode_features(model, batch[0]).shape == (3, N, 32)
     assert attention_maps(model, batch[0])[0].shape == (3, 2, 2, 2, N, 2, 4, 4)
 
@@ -535,7 +526,7 @@ def folder(tmp_path, monkeypatch):
     model = small_model()
     model.class_names = ["cat", "dog", "cow", "hen", "pig"]
     save_randar(model, tmp_path / "randar.pt")
-    save_randar(model_of_kind("merge"), tmp_path / "merge.pt")
+    save_randar(small_model_of("merge"), tmp_path / "merge.pt")
     save_tokenizer(small_tokenizer(), tmp_path / "tokenizer.pt")
     pixels = pictures.to_uint8(noise(16, 24))
     Image.fromarray(pixels[0]).save(tmp_path / "photo.png")

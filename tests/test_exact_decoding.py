@@ -11,7 +11,7 @@ import exact
 from randar import CLASS, NULL, Guidance, Sampling, probabilities
 
 CODES, TOKENS = 3, 4  # of the smallest model: 81 images, each can be counted
-SAMPLES = int(os.environ.get("SAMPLES", 5_000))  # more test harder: SAMPLES=100000 takes minutes
+SAMPLES = int(os.environ.get("SAMPLES", 5_000))  # SAMPLES=100000 python -m pytest ...: minutes
 BATCH = 1000  # drawn at a time
 
 
